@@ -1,0 +1,1 @@
+"""The compiler: front ends, passes, pipeline, and the build of artifacts."""

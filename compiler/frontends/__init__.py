@@ -1,0 +1,1 @@
+"""Front ends: model definitions become model-level graphs."""

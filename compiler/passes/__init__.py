@@ -1,0 +1,1 @@
+"""Passes, one file each; compiler/pipeline.py lists them in order."""

@@ -1,0 +1,152 @@
+"""Attention over whole sequences (model level) and over paged state (serving level)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from inferloom.ir.errors import VerifyError
+from inferloom.ir.expr import Expr
+from inferloom.ir.op import MODEL, SERVING, KERNEL, Tolerance, op
+from inferloom.ir.types import DType, StateType, TensorType, cast_array
+
+
+@dataclass(slots=True)
+class KVArrays:
+    """State as the NumPy reference holds it: k [slots, heads, k_dim], v [slots, heads, v_dim], float32."""
+
+    k: np.ndarray
+    v: np.ndarray
+    type: StateType
+
+    @classmethod
+    def zeros(cls, type: StateType, blocks: int) -> KVArrays:
+        """State of `blocks` empty blocks."""
+        slots = blocks * type.block_tokens
+        return cls(np.zeros((slots, type.heads, type.k_dim), np.float32),
+                   np.zeros((slots, type.heads, type.v_dim), np.float32), type)
+
+
+def _qkv(q: TensorType, heads: Any, k_dim: Any) -> None:
+    if q.rank != 3 or q.shape[2] != k_dim:
+        raise VerifyError(f"q must be [tokens, heads, {k_dim}], got {q}")
+    if not isinstance(q.shape[1], int) or q.shape[1] % heads:
+        raise VerifyError(f"{q.shape[1]} query heads do not share {heads} key heads")
+
+
+def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarray, scale: float,
+                    score: Expr, visible: Expr, tables: tuple[np.ndarray, ...], sink: int = -1) -> np.ndarray:
+    """One sequence: q [n, H, dk], k [m, Hkv, dk], v [m, Hkv, dv] -> [n, H, dv], all float32.
+
+    `score` maps the scaled product `score`, `visible` says which keys a query sees; `tables[sink]`, when
+    sink >= 0, holds one extra logit a head that takes part in the softmax and contributes no value.
+    """
+    heads = q.shape[1]
+    group = heads // k.shape[1]
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    s = np.einsum("qhd,khd->hqk", q, k).astype(np.float32) * np.float32(scale)
+    env: dict[str, Any] = {f"t{i}": t for i, t in enumerate(tables)}
+    env |= {"score": s, "q_pos": q_pos[None, :, None], "k_pos": np.arange(k.shape[0])[None, None],
+            "head": np.arange(heads)[:, None, None]}
+    s = np.asarray(score.evaluate(env), np.float32)
+    s = np.where(visible.evaluate(env), s, np.float32(-np.inf))
+    top = s.max(-1, keepdims=True)
+    if sink >= 0:
+        top = np.maximum(top, tables[sink][:, None, None])
+    p = np.exp(s - top)
+    total = p.sum(-1, keepdims=True)
+    if sink >= 0:
+        total = total + np.exp(tables[sink][:, None, None] - top)
+    return np.einsum("hqk,khd->qhd", p / total, v).astype(np.float32)
+
+
+@op("attention", levels=(MODEL,), tolerance=Tolerance(1e-4, 1e-4), foldable=False)
+class Attention:
+    """Attention of q [tokens, H, dk] over k [tokens, Hkv, dk], v [tokens, Hkv, dv] -> f32 [tokens, H, dv].
+
+    As traced: `window` (0: none), `softcap` (0: none), `chunk` (0: none), optional per-head `sinks` [H] and
+    `alibi` slopes [H]; `variant` names the pass that gives it meaning. `slot` numbers stateful ops in program
+    order. The reference treats all tokens as one causal sequence that starts at position 0.
+    """
+
+    def infer(q: TensorType, k: TensorType, v: TensorType, sinks: TensorType | None = None,  # type: ignore[misc]
+              alibi: TensorType | None = None, *, scale: float, slot: int, window: int = 0, softcap: float = 0.0,
+              chunk: int = 0, variant: str = "causal") -> TensorType:
+        if k.rank != 3 or v.rank != 3 or k.shape[:2] != v.shape[:2]:
+            raise VerifyError("k and v must be [tokens, heads, dim] with equal tokens and heads")
+        _qkv(q, k.shape[1], k.shape[2])
+        return TensorType(DType.F32, (*q.shape[:2], v.shape[2]))
+
+    def reference(q, k, v, sinks=None, alibi=None, *, scale, slot, window, softcap, chunk, variant):  # type: ignore[no-untyped-def, misc]
+        tokens, heads = q.shape[:2]
+        group = heads // k.shape[1]
+        s = np.einsum("qhd,khd->hqk", q, np.repeat(k, group, 1)).astype(np.float32) * np.float32(scale)
+        if softcap:
+            s = np.tanh(s / np.float32(softcap)) * np.float32(softcap)
+        i, j = np.arange(tokens)[:, None], np.arange(tokens)[None]
+        if alibi is not None:
+            s = s + alibi[:, None, None] * (j - i)
+        seen = j <= i
+        if window:
+            seen &= i - j < window
+        if chunk:
+            seen &= i // chunk == j // chunk
+        s = np.where(seen, s, np.float32(-np.inf))
+        if sinks is not None:
+            s = np.concatenate([s, np.broadcast_to(sinks[:, None, None], (heads, tokens, 1))], -1)
+        p = np.exp(s - s.max(-1, keepdims=True))
+        p = (p / p.sum(-1, keepdims=True))[..., :tokens]
+        return np.einsum("hqk,khd->qhd", p, np.repeat(v, group, 1)).astype(np.float32)
+
+
+@op("kv_write", levels=(SERVING, KERNEL), tolerance=Tolerance(0.0, 0.0), foldable=False)
+class KvWrite:
+    """New state with k [tokens, heads, dk] and v [tokens, heads, dv] stored at `slots` i32[tokens]."""
+
+    def infer(state: StateType, k: TensorType, v: TensorType, slots: TensorType) -> StateType:  # type: ignore[misc]
+        if k.shape[1:] != (state.heads, state.k_dim) or v.shape[1:] != (state.heads, state.v_dim):
+            raise VerifyError("k and v do not fit the state")
+        if slots.dtype is not DType.I32:
+            raise VerifyError("slots must be i32")
+        return state
+
+    def reference(state, k, v, slots):  # type: ignore[no-untyped-def, misc]
+        made = KVArrays(state.k.copy(), state.v.copy(), state.type)
+        made.k[slots], made.v[slots] = cast_array(k, state.type.dtype), cast_array(v, state.type.dtype)
+        return made
+
+
+@op("paged_attention", levels=(SERVING, KERNEL), tolerance=Tolerance(1e-4, 1e-4), foldable=False)
+class PagedAttention:
+    """Attention of ragged q [tokens, H, dk] over paged state -> f32 [tokens, H, dv].
+
+    Sequence i owns tokens `seq_starts[i]:seq_starts[i+1]`, the last of its `kv_lens[i]` tokens; its blocks are
+    `block_tables[i]`. `score` and `visible` are scalar expressions over score, q_pos, k_pos, head and loads
+    from `tables` (t0, t1, ...). `first` gives the first key position that a query at q_pos may see (earlier
+    pages are skipped); the last one is q_pos. `sink` is the table of extra logits, or -1.
+    """
+
+    def infer(q: TensorType, state: StateType, seq_starts: TensorType, kv_lens: TensorType,  # type: ignore[misc]
+              block_tables: TensorType, *tables: TensorType, scale: float, score: Expr, visible: Expr, first: Expr,
+              sink: int = -1) -> TensorType:
+        _qkv(q, state.heads, state.k_dim)
+        if any(t.dtype is not DType.I32 for t in (seq_starts, kv_lens, block_tables)) or block_tables.rank != 2:
+            raise VerifyError("seq_starts, kv_lens and block_tables [seqs, blocks] must be i32")
+        if not -1 <= sink < len(tables):
+            raise VerifyError(f"sink={sink} names no table")
+        return TensorType(DType.F32, (*q.shape[:2], state.v_dim))
+
+    def reference(q, state, seq_starts, kv_lens, block_tables, *tables, scale, score, visible, first, sink):  # type: ignore[no-untyped-def, misc]
+        out = np.zeros((*q.shape[:2], state.v.shape[2]), np.float32)
+        per_block = state.type.block_tokens
+        for i, length in enumerate(kv_lens):
+            begin, end = seq_starts[i], seq_starts[i + 1]
+            pos = np.arange(length)
+            slots = block_tables[i][pos // per_block] * per_block + pos % per_block
+            q_pos = np.arange(length - (end - begin), length)
+            out[begin:end] = dense_attention(q[begin:end], state.k[slots], state.v[slots], q_pos, scale, score,
+                                             visible, tables, sink)
+        return out
+

@@ -1,0 +1,107 @@
+"""Layers: embedding, linear, norms, rotary embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from inferloom.ir.errors import VerifyError
+from inferloom.ir.op import Tolerance, op
+from inferloom.ir.types import DType, TensorType
+
+
+@op("embedding", tolerance=Tolerance(0.0, 0.0), foldable=False)
+class Embedding:
+    """`table[ids]`: ids i32[tokens], table [vocab, width] -> f32 [tokens, width]."""
+
+    def infer(ids: TensorType, table: TensorType) -> TensorType:  # type: ignore[misc]
+        if ids.dtype is not DType.I32 or table.rank != 2:
+            raise VerifyError("needs i32 ids and a [vocab, width] table")
+        return TensorType(DType.F32, (*ids.shape, table.shape[1]))
+
+    def reference(ids, table):  # type: ignore[no-untyped-def, misc]
+        return np.asarray(table[ids], np.float32)
+
+
+@op("linear", tolerance=Tolerance(1e-5, 1e-4))
+class Linear:
+    """`x @ weight.T + bias`: x [..., k], weight [n, k], bias f32 [n] -> f32 [..., n].
+
+    x and weight have the same element type; products accumulate in float32.
+    """
+
+    def infer(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> TensorType:  # type: ignore[misc]
+        if weight.rank != 2 or x.shape[-1:] != weight.shape[1:]:
+            raise VerifyError("the last dim of x must be the second of weight")
+        if x.dtype is not weight.dtype:
+            raise VerifyError("x and weight differ in element type; insert a cast")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise VerifyError("bias must have one element per row of weight")
+        return TensorType(DType.F32, (*x.shape[:-1], weight.shape[0]))
+
+    def reference(x, weight, bias=None):  # type: ignore[no-untyped-def, misc]
+        y = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+        return y if bias is None else y + bias
+
+
+@op("rms_norm")
+class RmsNorm:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019): `x / sqrt(mean(x^2) + eps) * weight`.
+
+    Models that scale by `1 + weight` (Gemma) add the one to the weight at compile time.
+    """
+
+    def infer(x: TensorType, weight: TensorType | None = None, *, eps: float) -> TensorType:  # type: ignore[misc]
+        if weight is not None and weight.shape != x.shape[-weight.rank:]:
+            raise VerifyError("weight must match the trailing dims of x")
+        return x.with_dtype(DType.F32)
+
+    def reference(x, weight=None, *, eps):  # type: ignore[no-untyped-def, misc]
+        x = np.asarray(x, np.float32)
+        y = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))
+        return y if weight is None else y * weight
+
+
+@op("layer_norm")
+class LayerNorm:
+    """Layer norm over the last axis (Ba et al. 2016): `(x - mean) / sqrt(var + eps) * weight + bias`."""
+
+    def infer(x: TensorType, weight: TensorType | None = None, bias: TensorType | None = None,  # type: ignore[misc]
+              *, eps: float) -> TensorType:
+        for scale in (weight, bias):
+            if scale is not None and scale.shape != x.shape[-scale.rank:]:
+                raise VerifyError("weight and bias must match the trailing dims of x")
+        return x.with_dtype(DType.F32)
+
+    def reference(x, weight=None, bias=None, *, eps):  # type: ignore[no-untyped-def, misc]
+        x = np.asarray(x, np.float32)
+        centred = x - np.mean(x, axis=-1, keepdims=True)
+        y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + np.float32(eps))
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+
+@op("rotary")
+class Rotary:
+    """Rotary position embedding (Su et al. 2021) of x [tokens, heads, dim] by cos, sin [tokens, r/2].
+
+    The first r elements of each head are turned, the rest pass through. Pair i is (x[i], x[i + r/2]), or
+    (x[2i], x[2i+1]) when `interleaved`: `(a*cos - b*sin, b*cos + a*sin)`.
+    """
+
+    def infer(x: TensorType, cos: TensorType, sin: TensorType, *, interleaved: bool = False) -> TensorType:  # type: ignore[misc]
+        half = cos.shape[-1]
+        if x.rank != 3 or cos != sin or cos.rank != 2 or not isinstance(half, int) or not isinstance(x.shape[2], int):
+            raise VerifyError("needs x [tokens, heads, dim] and cos, sin [tokens, r/2]")
+        if 2 * half > x.shape[2] or x.shape[0] != cos.shape[0]:
+            raise VerifyError("cos and sin must cover at most dim/2 pairs of the same tokens")
+        return x
+
+    def reference(x, cos, sin, *, interleaved):  # type: ignore[no-untyped-def, misc]
+        x = np.asarray(x, np.float32)
+        half = cos.shape[-1]
+        out = x.copy()
+        first = np.s_[..., 0:2 * half:2] if interleaved else np.s_[..., :half]
+        second = np.s_[..., 1:2 * half:2] if interleaved else np.s_[..., half:2 * half]
+        a, b, c, s = x[first], x[second], cos[:, None], sin[:, None]
+        out[first], out[second] = a * c - b * s, b * c + a * s
+        return out

@@ -1,0 +1,153 @@
+"""Types of IR values: element types, bounded symbolic dims, tensors and state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+
+class DType(StrEnum):
+    """Element type. The NumPy reference holds bf16 as float32 rounded to bf16."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    I64 = "i64"
+    I32 = "i32"
+    I8 = "i8"
+    U8 = "u8"
+    BOOL = "bool"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element in memory."""
+        return {"i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2}.get(self.value, 1)
+
+    @property
+    def is_float(self) -> bool:
+        return self in (DType.F32, DType.F16, DType.BF16)
+
+    @property
+    def numpy(self) -> np.dtype:
+        """The dtype that the NumPy reference computes in."""
+        return np.dtype(_NUMPY[self.value])
+
+
+_NUMPY = {"f32": "float32", "f16": "float16", "bf16": "float32", "i64": "int64", "i32": "int32",
+          "i8": "int8", "u8": "uint8", "bool": "bool"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sym:
+    """A dimension known only at run time: an integer in [0, bound]."""
+
+    name: str
+    bound: int
+
+    def __mul__(self, factor: int) -> Affine:
+        return Affine(self, factor, 0)
+
+    def __add__(self, offset: int) -> Affine:
+        return Affine(self, 1, offset)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """`scale * sym + offset`, e.g. the `seqs+1` entries of `seq_starts`."""
+
+    sym: Sym
+    scale: int
+    offset: int
+
+    @property
+    def bound(self) -> int:
+        return self.sym.bound * self.scale + self.offset
+
+    def __str__(self) -> str:
+        head = self.sym.name if self.scale == 1 else f"{self.scale}*{self.sym.name}"
+        return head + (f"+{self.offset}" if self.offset else "")
+
+
+Dim = int | Sym | Affine
+Shape = tuple[Dim, ...]
+
+
+def bound(dim: Dim) -> int:
+    """The largest value that a dim can take."""
+    return dim if isinstance(dim, int) else dim.bound
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """A dense tensor; a leading symbolic dim is the ragged token (or row) axis."""
+
+    dtype: DType
+    shape: Shape
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def is_static(self) -> bool:
+        return all(isinstance(d, int) for d in self.shape)
+
+    @property
+    def max_size(self) -> int:
+        """Elements when every symbolic dim is at its bound."""
+        size = 1
+        for dim in self.shape:
+            size *= bound(dim)
+        return size
+
+    def with_shape(self, shape: Shape) -> TensorType:
+        return TensorType(self.dtype, shape)
+
+    def with_dtype(self, dtype: DType) -> TensorType:
+        return TensorType(dtype, self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class StateType:
+    """Paged key-value state of one layer: K `[slots, heads, k_dim]` and V `[slots, heads, v_dim]`.
+
+    A slot is `block * block_tokens + offset`. How a target lays slots out in memory is its own affair.
+    """
+
+    dtype: DType
+    heads: int
+    k_dim: int
+    v_dim: int
+    block_tokens: int
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.block_tokens * self.heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"kv<{self.dtype},{self.heads},{self.k_dim},{self.v_dim},{self.block_tokens}>"
+
+
+Type = TensorType | StateType
+
+
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest bf16 value, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32)).astype(np.float32)
+
+
+def cast_array(x: np.ndarray, dtype: DType) -> np.ndarray:
+    """`x` as the NumPy reference holds values of `dtype`."""
+    if dtype is DType.BF16:
+        return round_bf16(np.asarray(x, dtype=np.float32))
+    return np.asarray(x).astype(dtype.numpy)

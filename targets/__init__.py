@@ -1,0 +1,1 @@
+"""Targets: chips as data, and the code generators."""
