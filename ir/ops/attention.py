@@ -101,6 +101,27 @@ class Attention:
         return np.einsum("hqk,khd->qhd", p, np.repeat(v, group, 1)).astype(np.float32)
 
 
+@op("flex_attention", levels=(MODEL,), tolerance=Tolerance(1e-4, 1e-4), foldable=False)
+class FlexAttention:
+    """`attention` whose meaning is spelled out in scalar expressions by its variant passes.
+
+    `score`, `visible`, `first`, `sink` and the tables are those of `paged_attention`. The reference treats all
+    tokens as one sequence that starts at position 0.
+    """
+
+    def infer(q: TensorType, k: TensorType, v: TensorType, *tables: TensorType, scale: float, slot: int,  # type: ignore[misc]
+              score: Expr, visible: Expr, first: Expr, sink: int = -1) -> TensorType:
+        if k.rank != 3 or v.rank != 3 or k.shape[:2] != v.shape[:2]:
+            raise VerifyError("k and v must be [tokens, heads, dim] with equal tokens and heads")
+        _qkv(q, k.shape[1], k.shape[2])
+        if not -1 <= sink < len(tables):
+            raise VerifyError(f"sink={sink} names no table")
+        return TensorType(DType.F32, (*q.shape[:2], v.shape[2]))
+
+    def reference(q, k, v, *tables, scale, slot, score, visible, first, sink):  # type: ignore[no-untyped-def, misc]
+        return dense_attention(q, k, v, np.arange(q.shape[0]), scale, score, visible, tables, sink)
+
+
 @op("kv_write", levels=(SERVING, KERNEL), tolerance=Tolerance(0.0, 0.0), foldable=False)
 class KvWrite:
     """New state with k [tokens, heads, dk] and v [tokens, heads, dv] stored at `slots` i32[tokens]."""

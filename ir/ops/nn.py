@@ -105,3 +105,47 @@ class Rotary:
         a, b, c, s = x[first], x[second], cos[:, None], sin[:, None]
         out[first], out[second] = a * c - b * s, b * c + a * s
         return out
+
+
+def _unpack(packed: np.ndarray, n: int, k: int) -> np.ndarray:
+    tiles, steps, tile, pair = packed.shape
+    return packed.transpose(0, 2, 1, 3).reshape(tiles * tile, steps * pair)[:n, :k]
+
+
+def _check_packed(packed: TensorType, n: int, k: int) -> None:
+    if packed.rank != 4 or not packed.is_static:
+        raise VerifyError("needs a weight packed by pack_linear: [n/tile, k/pair, tile, pair]")
+    tiles, steps, tile, pair = (int(str(d)) for d in packed.shape)
+    if not (tiles * tile >= n > (tiles - 1) * tile and steps * pair >= k):
+        raise VerifyError(f"packed weight {packed} does not hold [{n}, {k}]")
+
+
+@op("packed_linear", tolerance=Tolerance(1e-5, 1e-4))
+class PackedLinear:
+    """`linear` with a weight laid out by `pack_linear`; n and k are the weight's own rows and columns."""
+
+    def infer(x: TensorType, packed: TensorType, bias: TensorType | None = None, *, n: int, k: int) -> TensorType:  # type: ignore[misc]
+        _check_packed(packed, n, k)
+        if x.shape[-1] != k or x.dtype is not packed.dtype:
+            raise VerifyError("x must have k columns and the weight's element type")
+        if bias is not None and bias.shape != (n,):
+            raise VerifyError("bias must have n elements")
+        return TensorType(DType.F32, (*x.shape[:-1], n))
+
+    def reference(x, packed, bias=None, *, n, k):  # type: ignore[no-untyped-def, misc]
+        y = np.asarray(x, np.float32) @ np.asarray(_unpack(packed, n, k), np.float32).T
+        return y if bias is None else y + bias
+
+
+@op("packed_embedding", tolerance=Tolerance(0.0, 0.0), foldable=False)
+class PackedEmbedding:
+    """`embedding` from a table that a tied output projection has packed: n is the vocabulary, k the width."""
+
+    def infer(ids: TensorType, packed: TensorType, *, n: int, k: int) -> TensorType:  # type: ignore[misc]
+        _check_packed(packed, n, k)
+        if ids.dtype is not DType.I32:
+            raise VerifyError("ids must be i32")
+        return TensorType(DType.F32, (*ids.shape, k))
+
+    def reference(ids, packed, *, n, k):  # type: ignore[no-untyped-def, misc]
+        return np.asarray(_unpack(packed, n, k)[ids], np.float32)

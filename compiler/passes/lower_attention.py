@@ -1,0 +1,46 @@
+"""lower-attention: spell out each `attention` through its variants.
+
+Before: `%o = attention %q, %k, %v {scale=0.125, slot=0, softcap=0.0, window=64, ...}`
+After:  `%o = flex_attention %q, %k, %v {scale=0.125, slot=0, score=score, visible=(and (le k_pos q_pos)
+        (lt (sub q_pos k_pos) 64)), first=(max (sub q_pos 63) 0), sink=-1}`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inferloom.compiler.attention import VARIANTS, AttentionSpec
+from inferloom.compiler.report import Report
+from inferloom.ir import op as ops
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
+
+NAME = "lower-attention"
+_COMMON = frozenset({"scale", "slot"})
+
+
+def run(graph: Graph, report: Report) -> Graph:
+    declared = ops.get("attention")
+    known = _COMMON.union(*(v.consumes for v in VARIANTS))
+
+    def visit(builder: Builder, node: Node, operands: tuple[Value | None, ...]) -> Sequence[Value] | None:
+        if node.op != "attention":
+            return None
+        if node.attrs["variant"] != "causal":
+            raise UnsupportedError(f"{node.loc}: no pass gives meaning to attention variant {node.attrs['variant']!r}")
+        for name, spec in declared.attrs.items():
+            if name not in known and node.attrs[name] != spec.default:
+                raise UnsupportedError(f"{node.loc}: no attention variant consumes {name}={node.attrs[name]!r}")
+        meaning = AttentionSpec()
+        for variant in VARIANTS:
+            changed = variant.apply(node, operands, meaning)
+            if changed != meaning:
+                report.fused(f"attention slot {node.attrs['slot']}: {variant.name}", node.loc)
+            meaning = changed
+        lowered = builder.emit_node(
+            "flex_attention", (*operands[:3], *meaning.tables),
+            {"scale": node.attrs["scale"], "slot": node.attrs["slot"], "score": meaning.score,
+             "visible": meaning.visible, "first": meaning.first, "sink": meaning.sink}, node.loc)
+        return lowered.results
+
+    return rewrite(graph, visit)
