@@ -1,0 +1,227 @@
+"""group-kernels: put every node that runs on the device into a `kernel`.
+
+Before: `%y = packed_linear %x, %p; %h = add %r, %y; %n = rms_norm %h, %w; ...`
+After:  `%h = kernel %x, %p, %r {kind="matmul", body={...}}; %n = kernel %h, %w {kind="row", body={...}}`
+
+Anchors (a matmul or an attention) get a kernel each, and take in the pointwise nodes that follow them. What is
+left works within one row and is joined by depth: the number of anchors on the longest path to a node. Two nodes
+of equal depth have no anchor between them, so joining them all can never make a cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from inferloom.compiler.report import Report
+from inferloom.ir import op as ops
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Builder, Graph, Node, Value
+from inferloom.ir.types import DType, StateType, TensorType
+
+NAME = "group-kernels"
+ANCHORS = {"packed_linear": "matmul", "paged_attention": "attention"}
+_VIEWS = ("reshape", "cast")
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    kind: str
+    depth: int
+    nodes: list[Node] = field(default_factory=list)
+
+
+def run(graph: Graph, report: Report) -> Graph:
+    return _Grouping(graph, report).emit()
+
+
+class _Grouping:
+    def __init__(self, graph: Graph, report: Report) -> None:
+        self.graph, self.report = graph, report
+        self.constants = graph.constants()
+        self.users = graph.users()
+        self.live = [n for n in graph.nodes if not all(v in self.constants for v in n.results)]
+        self.place = {node: i for i, node in enumerate(self.live)}
+        self.group: dict[Node, _Group] = {}
+        self.made_by = graph.producers()
+        self.depth: dict[Value, int] = {}
+        self.groups: list[_Group] = []
+        self._assign()
+
+    # -- which node goes where
+
+    def _assign(self) -> None:
+        by_depth: dict[tuple[int, object], _Group] = {}
+        for node in self.live:
+            if node in self.group:
+                continue
+            depth = max((self.depth.get(v, 0) for v in node.operands if v is not None), default=0)
+            if node.op in ANCHORS:
+                group = _Group(ANCHORS[node.op], depth + 1, [node])
+                self.groups.append(group)
+                self._place(node, group)
+                self._absorb(group, node)
+                continue
+            key = (depth, self._rows(node))
+            if key not in by_depth:
+                by_depth[key] = _Group("row", depth)
+                self.groups.append(by_depth[key])
+            by_depth[key].nodes.append(node)
+            self._place(node, by_depth[key])
+
+    def _place(self, node: Node, group: _Group) -> None:
+        self.group[node] = group
+        for value in node.results:
+            self.depth[value] = group.depth
+
+    def _rows(self, node: Node) -> object:
+        """The symbolic leading dim: tokens and rows never share a kernel."""
+        for value in (*node.results, *(v for v in node.operands if v is not None)):
+            if isinstance(value.type, TensorType) and value.type.shape and not isinstance(value.type.shape[0], int):
+                return value.type.shape[0]
+        raise UnsupportedError(f"{node.op} at {node.loc}: no leading token axis; only per-token work can be compiled")
+
+    def _absorb(self, group: _Group, anchor: Node) -> None:
+        """Take in what follows the anchor, as long as nothing else has to run first."""
+        inside = {anchor.result}
+        if group.kind == "matmul":
+            for chain in self._gate_up(anchor):
+                self._take(group, chain, inside)
+        progress = True
+        while progress:
+            progress = False
+            for value in list(inside):
+                for node in self.users.get(value, ()):
+                    if node in self.group:
+                        continue
+                    why = self._why_not(group, anchor, node, inside)
+                    if why:
+                        continue
+                    self._take(group, [node], inside)
+                    progress = True
+        for value in inside:
+            for node in self.users.get(value, ()):
+                if node not in self.group and ops.get(node.op).pointwise:
+                    self.report.skipped(f"{node.op} into the {group.kind} before it",
+                                        self._why_not(group, anchor, node, inside), node.loc)
+
+    def _take(self, group: _Group, nodes: Iterable[Node], inside: set[Value]) -> None:
+        for node in nodes:
+            group.nodes.append(node)
+            self._place(node, group)
+            inside.update(node.results)
+            self.report.fused(f"{node.op} into the {group.kind} before it", node.loc)
+
+    def _why_not(self, group: _Group, anchor: Node, node: Node, inside: set[Value]) -> str:
+        if group.kind == "attention":
+            if node.op not in _VIEWS:
+                return f"the attention kernel's epilogue takes only {' and '.join(_VIEWS)}"
+        elif not ops.get(node.op).pointwise:
+            return f"{node.op} is not pointwise"
+        shapes = {v.type.shape for v in inside if isinstance(v.type, TensorType)}
+        if node.op != "reshape" and isinstance(node.result.type, TensorType) and node.result.type.shape not in shapes:
+            return "it changes the shape"
+        for value in node.operands:
+            if value is None or value in inside or value in self.constants:
+                continue
+            if self.depth.get(value, 0) >= group.depth:
+                return "another operand is computed later"
+            if value in self.made_by and self.made_by[value] not in self.group:
+                return "another operand is computed later"
+            if isinstance(value.type, TensorType) and value.type.shape not in shapes:
+                return "another operand has a different shape"
+        return ""
+
+    def _gate_up(self, anchor: Node) -> list[list[Node]]:
+        """`reshape [rows, n/g, 2, g]`, its two halves, each reshaped back: columns of one tile, so they fuse."""
+        users = self.users.get(anchor.result, [])
+        if len(users) != 1 or users[0].op != "reshape":
+            return []
+        split = users[0]
+        shape = split.result.type.shape if isinstance(split.result.type, TensorType) else ()
+        if len(shape) != 4 or shape[2] != 2:
+            return []
+        chain = [split]
+        for half in self.users.get(split.result, []):
+            flat = self.users.get(half.result, [])
+            if half.op != "slice" or half.attrs["axis"] != 2 or [n.op for n in flat] != ["reshape"]:
+                return []
+            chain += [half, flat[0]]
+        # The halves must both end in nodes of the kernel, else they would have to be stored apart.
+        return [chain] if len(chain) == 5 else []
+
+    # -- the new graph
+
+    def emit(self) -> Graph:
+        order = self._schedule()
+        builder = Builder(self.graph.name, list(self.graph.inputs), list(self.graph.params))
+        env: dict[Value, Value] = {v: v for v in (*self.graph.inputs, *(p.value for p in self.graph.params))}
+        for node in self.graph.nodes:
+            if node not in self.group and node.op != "constant":
+                made = builder.copy(node, [None if v is None else self._constant(builder, env, v) for v in node.operands])
+                env.update(zip(node.results, made.results, strict=True))
+        for group in order:
+            body, operands, results = self._body(group)
+            locs = dict.fromkeys(n.loc for n in group.nodes if n.loc)
+            made = builder.emit_node("kernel", [env[v] for v in operands], {"kind": group.kind, "body": body},
+                                     ", ".join(locs), [v.name for v in results])
+            env.update(zip(results, made.results, strict=True))
+        return builder.finish(env[v] for v in self.graph.outputs)
+
+    def _constant(self, builder: Builder, env: dict[Value, Value], value: Value) -> Value:
+        if value not in env:
+            node = self.made_by[value]
+            env[value] = builder.copy(node, [None if v is None else env[v] for v in node.operands]).result
+        return env[value]
+
+    def _schedule(self) -> list[_Group]:
+        """Groups in an order in which each follows what it reads."""
+        order: list[_Group] = []
+        state: dict[_Group, int] = {}
+
+        def add(group: _Group) -> None:
+            if state.get(group) == 2:
+                return
+            if state.get(group) == 1:
+                raise UnsupportedError("kernel groups depend on each other in a cycle")
+            state[group] = 1
+            for node in group.nodes:
+                for value in node.operands:
+                    maker = self.made_by.get(value) if value is not None else None
+                    if maker in self.group and self.group[maker] is not group:
+                        add(self.group[maker])
+            state[group] = 2
+            order.append(group)
+
+        for group in self.groups:
+            add(group)
+        return order
+
+    def _body(self, group: _Group) -> tuple[Graph, list[Value], list[Value]]:
+        """The group's nodes as a graph of their own, with what it reads and what others read of it."""
+        nodes = sorted(group.nodes, key=self.place.__getitem__)
+        builder = Builder(group.kind)
+        env: dict[Value, Value] = {}
+        operands: list[Value] = []
+
+        def use(value: Value | None) -> Value | None:
+            if value is None or value in env:
+                return None if value is None else env[value]
+            maker = self.made_by.get(value)
+            if maker is not None and maker.op == "constant":
+                env[value] = builder.emit("constant", **maker.attrs)
+            else:
+                env[value] = builder.input(value.name, value.type)
+                operands.append(value)
+            return env[value]
+
+        for node in nodes:
+            made = builder.copy(node, [use(v) for v in node.operands])
+            env.update(zip(node.results, made.results, strict=True))
+        wanted = set(self.graph.outputs)
+        results = [v for n in nodes for v in n.results
+                   if v in wanted or any(self.group.get(u) is not group for u in self.users.get(v, ()))]
+        for value in results:
+            if not isinstance(value.type, StateType) and value.type.dtype is DType.BOOL:
+                raise UnsupportedError(f"a boolean value cannot be stored between kernels ({value!r})")
+        return builder.finish(env[v] for v in results), operands, results

@@ -1,0 +1,151 @@
+"""Memory and step planning: where every value of a kernel-level graph lives, and the calls of one step.
+
+Activations are rows of `ld` elements in the workspace, shared between values that are never alive together.
+Weights are the constant operands of kernels, in the order of first use. State is an offset within a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Graph, Node, Value
+from inferloom.ir.types import StateType, TensorType, bound
+
+ALIGN = 64
+PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`space` is workspace, weights, state or input; `offset` in bytes, within a block for state.
+
+    `ld` is the distance between rows in elements, 0 for what has no rows. Inputs are found by `name`.
+    """
+
+    space: str
+    offset: int = 0
+    ld: int = 0
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Placements of all values, sizes in bytes, weights in file order."""
+
+    places: dict[Value, Placement]
+    workspace: int
+    weights: tuple[Value, ...]
+    weight_bytes: int
+    bytes_per_block: int
+    states: tuple[Value, ...]
+    kernels: tuple[Node, ...]
+
+
+def align(size: int, to: int = ALIGN) -> int:
+    """`size` rounded up to a multiple of `to`."""
+    return -(-size // to) * to
+
+
+def row_elements(type: TensorType) -> int:
+    """Elements of one row: the product of the dims behind the leading symbolic one."""
+    return prod(int(str(d)) for d in type.shape[1:])
+
+
+def leading(type: TensorType) -> int:
+    """Distance between rows, in elements: whole cache lines, and never a multiple of the page size.
+
+    Rows a multiple of 4 KiB apart would all fall into the same sets of the L1 cache.
+    """
+    size = align(row_elements(type) * type.dtype.itemsize)
+    if size % PAGE == 0:
+        size += ALIGN
+    return size // type.dtype.itemsize
+
+
+def tensor_bytes(type: TensorType) -> int:
+    """Bytes of a weight in the artifact, padded to whole cache lines."""
+    return align(type.max_size * type.dtype.itemsize)
+
+
+def plan_memory(graph: Graph) -> Plan:
+    """Place every value of a kernel-level graph."""
+    kernels = tuple(n for n in graph.nodes if n.op == "kernel")
+    known = graph.constants()
+    places: dict[Value, Placement] = {}
+    weights, weight_bytes = _place_weights(kernels, known, places)
+    block = _place_states(graph, kernels, places)
+    for value in graph.inputs:
+        if isinstance(value.type, TensorType):
+            places[value] = Placement("input", name=value.name)
+    workspace = _place_activations(graph, kernels, places)
+    states = tuple(v for v in graph.inputs if isinstance(v.type, StateType))
+    return Plan(places, workspace, weights, weight_bytes, block, states, kernels)
+
+
+def _place_weights(kernels: Iterable[Node], known: set[Value], places: dict[Value, Placement]) -> tuple[tuple[Value, ...], int]:
+    offset, order = 0, []
+    for node in kernels:
+        for value in node.operands:
+            if value is None or value not in known or value in places or not isinstance(value.type, TensorType):
+                continue
+            places[value] = Placement("weights", offset)
+            offset += tensor_bytes(value.type)
+            order.append(value)
+    return tuple(order), offset
+
+
+def _place_states(graph: Graph, kernels: Iterable[Node], places: dict[Value, Placement]) -> int:
+    offset = 0
+    for value in graph.inputs:
+        if isinstance(value.type, StateType):
+            places[value] = Placement("state", offset)
+            offset += align(value.type.bytes_per_block)
+    for node in kernels:
+        body = node.attrs["body"]
+        if not isinstance(body, Graph):
+            raise TypeError(body)
+        for inner in body.nodes:
+            if inner.op == "kv_write":
+                before = node.operands[body.inputs.index(_required(inner.operands[0]))]
+                places[node.results[body.outputs.index(inner.result)]] = places[_required(before)]
+    return offset
+
+
+def _place_activations(graph: Graph, kernels: tuple[Node, ...], places: dict[Value, Placement]) -> int:
+    """First fit over lifetimes: a value's bytes are free again after its last reader."""
+    last: dict[Value, int] = {v: len(kernels) for v in graph.outputs}
+    for index, node in enumerate(kernels):
+        for value in node.operands:
+            if value is not None:
+                last[value] = max(last.get(value, 0), index)
+    alive: list[tuple[int, int, int]] = []  # (offset, end, last reader)
+    top = 0
+    for index, node in enumerate(kernels):
+        alive = [a for a in alive if a[2] >= index]
+        for value in node.results:
+            if isinstance(value.type, StateType):
+                continue
+            if value.type.is_static:
+                raise UnsupportedError(f"kernel at {node.loc} computes a value without rows: {value!r}")
+            ld = leading(value.type)
+            size = align(bound(value.type.shape[0]) * ld * value.type.dtype.itemsize)
+            offset = 0
+            for begin, end, _ in sorted(alive):
+                if begin - offset >= size:
+                    break
+                offset = max(offset, end)
+            alive.append((offset, offset + size, last.get(value, index)))
+            top = max(top, offset + size)
+            places[value] = Placement("workspace", offset, ld)
+    return top
+
+
+def _required(value: Value | None) -> Value:
+    if value is None:
+        raise TypeError("operand is required")
+    return value
+
+
