@@ -56,7 +56,7 @@ checkpoint at hand, without a download. It is good enough to write plausible Pyt
 | --- | --- |
 | Architecture | `LlamaForCausalLM`: 7 layers, hidden 256, 8 query and 4 KV heads of 32, MLP 704 |
 | Parameters | 6,213,376, bf16, embeddings tied |
-| Tokenizer | byte-level BPE, 4096 tokens, from the same files; `<\\|bos\\|>` first, `<\\|eos\\|>` after a file |
+| Tokenizer | byte-level BPE, 4096 tokens, its own; `<\\|bos\\|>` first, `<\\|eos\\|>` after a file |
 | Context | 1024 tokens |
 | Data | the library of CPython {python} (PSF licence) without tests |
 | Trained on | {train_files} files, {train_tokens:,} tokens |
