@@ -188,13 +188,17 @@ def _parse(tokens: list[str], text: str) -> tuple[Expr, list[str]]:
     if head != "(":
         if re.fullmatch(r"-?\d+", head):
             return Const(int(head)), rest
-        if re.fullmatch(r"-?(\d|inf).*", head):
+        if re.fullmatch(r"-?(inf|nan|\d+(\.\d*)?(e[-+]?\d+)?)", head):
             return Const(float(head)), rest
+        if not head.isidentifier():
+            raise VerifyError(f"{head!r} is neither a number nor a variable in expression {text!r}")
         return Var(head), rest
     if not rest:
         raise VerifyError(f"malformed expression {text!r}")
     name, rest = rest[0], rest[1:]
     if name == "load":
+        if not rest or not rest[0].isidentifier():
+            raise VerifyError(f"load needs a table and an index in expression {text!r}")
         table, (index, rest) = rest[0], _parse(rest[1:], text)
         result: Expr = Load(table, index)
     else:

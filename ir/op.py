@@ -71,8 +71,15 @@ class OpDef:
             value = attrs.get(name, spec.default)
             if not _is_a(value, self.attr_types[name]):
                 raise VerifyError(f"{self.name}: attribute {name}={value!r} is not a {self.attr_types[name]}")
-            full[name] = value
+            full[name] = _plain(value, self.attr_types[name])
         return full
+
+
+def _plain(value: Any, wanted: Any) -> Attr:
+    """Numbers given for a float become one, so that equal attributes print alike."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    floats = wanted is float or (float in typing.get_args(wanted) and int not in typing.get_args(wanted))
+    return float(value) if is_number and floats else value
 
 
 def _is_a(value: object, wanted: Any) -> bool:

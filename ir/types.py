@@ -69,7 +69,7 @@ class Affine:
         return self.sym.bound * self.scale + self.offset
 
     def __str__(self) -> str:
-        head = self.sym.name if self.scale == 1 else f"{self.scale}*{self.sym.name}"
+        head = f"{self.scale}*{self.sym.name}" if self.scale != 1 or not self.offset else self.sym.name
         return head + (f"+{self.offset}" if self.offset else "")
 
 
