@@ -1,0 +1,191 @@
+"""Where compiled checkpoints are kept: one folder per (checkpoint content, options, compiler), under XDG cache.
+
+The key is content: BLAKE3 over the checkpoint's files, the options, the compiler's own source and versions.
+A file's digest is remembered by its size, time stamp and inode, so that a large checkpoint is read once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from blake3 import blake3
+
+from inferloom.errors import MissingExtraError, UsageError
+
+Progress = Callable[[str], None]
+
+COMPILE_PACKAGES = ("torch", "transformers", "safetensors", "ml_dtypes", "apache-tvm", "apache-tvm-ffi", "ziglang")
+_IMPORT_NAMES = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi"}
+_SKIPPED = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".py", ".md")
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """What, besides the checkpoint, decides an artifact's bytes."""
+
+    chip: str = "cpu"
+    dtype: str = "bf16"
+    max_model_len: int | None = None
+    max_tokens: int = 2048
+    max_seqs: int = 64
+    block_tokens: int = 32
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether `path` holds an artifact (its manifest; the loader checks the rest)."""
+    return (path / "manifest.json").is_file()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` looks like a Hugging Face checkpoint with safetensors weights."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/inferloom`, or `~/.cache/inferloom`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inferloom"
+
+
+def missing_compile_packages() -> list[str]:
+    """Distributions of the `compile` extra that are not importable (imports none of them)."""
+    return [name for name in COMPILE_PACKAGES if find_spec(_IMPORT_NAMES.get(name, name)) is None]
+
+
+def require_compiler(why: str) -> None:
+    """Raise `MissingExtraError` with the command to run, unless the `compile` extra is installed."""
+    missing = missing_compile_packages()
+    if missing:
+        raise MissingExtraError(
+            f"{why} needs the compiler, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "installed; run: pip install 'inferloom[compile]' (or compile on another machine and copy the artifact)")
+
+
+def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None,
+            progress: Progress | None = None) -> Path:
+    """The artifact to load for `model`: itself, or a checkpoint's artifact from the cache, compiled on first use.
+
+    Raises `UsageError` for a path that is neither, `MissingExtraError` where compiling is needed and impossible.
+    """
+    path = Path(model).expanduser()
+    if is_artifact(path):
+        return path
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give an artifact (a folder with manifest.json) or a checkpoint "
+                         "(a folder with config.json and *.safetensors)")
+    if not is_checkpoint(path):
+        raise UsageError(f"{path} is neither an artifact (no manifest.json) nor a checkpoint "
+                         "(no config.json with *.safetensors)")
+    return compile_cached(path, options or CompileOptions(), progress)
+
+
+def compile_cached(checkpoint: Path, options: CompileOptions, progress: Progress | None = None) -> Path:
+    """The artifact of `checkpoint` in the cache; compiled if it is not there. One process compiles, others wait."""
+    report = progress or (lambda _: None)
+    require_compiler(f"compiling {checkpoint}")
+    key = content_key(checkpoint, options)
+    out = cache_dir() / "artifacts" / f"{checkpoint.resolve().name}-{options.dtype}-{key[:16]}"
+    with _lock(out.with_suffix(".lock"), report):
+        if not is_artifact(out):
+            from inferloom.compiler.build import compile_model
+
+            report(f"compiling {checkpoint} once, into {out}")
+            compile_model(checkpoint, out, **asdict(options), progress=progress)
+    return out
+
+
+def content_key(checkpoint: Path, options: CompileOptions) -> str:
+    """Hex digest of all that decides the artifact's bytes."""
+    digest = blake3(json.dumps(asdict(options), sort_keys=True).encode())
+    for name, value in sorted(_files(checkpoint).items()):
+        digest.update(f"\0{name}\0{value}".encode())
+    for package in COMPILE_PACKAGES:
+        digest.update(f"\0{package}={_version(package)}".encode())
+    digest.update(_compiler_source())
+    if options.chip == "cpu":
+        digest.update(_cpu_flags())
+    return digest.hexdigest()
+
+
+def _files(checkpoint: Path) -> Mapping[str, str]:
+    """Digest of each file that compiling may read, by name; digests are remembered in the cache folder."""
+    memo_path = cache_dir() / "digests.json"
+    try:
+        memo: dict[str, str] = json.loads(memo_path.read_text())
+    except (OSError, ValueError):
+        memo = {}
+    digests, before = {}, len(memo)
+    for path in sorted(checkpoint.iterdir()):
+        if not path.is_file() or path.suffix in _SKIPPED:
+            continue
+        stat = path.stat()
+        stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        if stamp not in memo:
+            memo[stamp] = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+        digests[path.name] = memo[stamp]
+    if len(memo) != before:
+        memo_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo_path.with_name(f"digests.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(memo, indent=1, sort_keys=True))
+        temporary.replace(memo_path)
+    return digests
+
+
+def _compiler_source() -> bytes:
+    """Digest of the source of everything that takes part in compiling."""
+    digest = blake3()
+    for part in ("ir", "compiler", "targets"):
+        spec = find_spec(f"inferloom.{part}")
+        for root in (spec.submodule_search_locations or ()) if spec else ():
+            for path in sorted(Path(root).rglob("*")):
+                if path.suffix in (".py", ".c", ".h", ".json", ".toml"):
+                    digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return digest.digest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _cpu_flags() -> bytes:
+    """What `chip="cpu"` stands for on this machine."""
+    try:
+        with open("/proc/cpuinfo", "rb") as file:
+            return b"".join(sorted({line for line in file if line.startswith((b"flags", b"Features", b"model name"))}))
+    except OSError:
+        return b""
+
+
+@contextmanager
+def _lock(path: Path, report: Progress) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("another process is compiling this checkpoint; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of all files under `path`; 0 where there is none."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.exists() else 0
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the file system that holds `path` (or its first existing parent)."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

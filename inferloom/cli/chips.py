@@ -1,0 +1,4 @@
+"""`inferloom chips`: what can be compiled for."""
+
+from __future__ import annotations
+

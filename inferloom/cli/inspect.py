@@ -1,0 +1,185 @@
+"""`inferloom inspect`: what is in an artifact, and why it became what it is."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.syntax import Syntax
+
+from inferloom.cache import resolve, size_on_disk
+from inferloom.cli import options
+from inferloom.cli.console import emit, err, human_bytes, out, progress, set_json, table
+from inferloom.errors import UsageError
+
+ITEMSIZE = {"f32": 4, "fp32": 4, "bf16": 2, "f16": 2, "i8": 1, "u8": 1}
+
+
+def inspect(
+    model: options.Model,
+    ir: Annotated[str | None, typer.Option("--ir", metavar="PHASE", show_default=False,
+                                           help="Print the IR after a phase: its name or number, or `list`.")] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="With --ir: what changed since the phase before.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="What each pass did, and what it did not do and why.")] = False,
+    memory: options.Memory = None,
+    chip: options.Chip = "cpu",
+    dtype: options.Dtype = "bf16",
+    max_model_len: options.MaxModelLen = None,
+    json_: options.Json = False,
+) -> None:
+    """Show the kernels with their source lines and the memory contract; the IR; the reasons."""
+    set_json(json_)
+    with progress(f"looking at {model}") as report:
+        path = resolve(model, options.compile_options(chip, dtype, max_model_len), report)
+    if ir is not None:
+        _show_ir(path, ir, diff, json_)
+    elif why:
+        _show_why(path, json_)
+    else:
+        budget = options.parse_bytes(memory) if memory else None
+        manifest = _read_json(path / "manifest.json")
+        if json_:
+            emit({"path": str(path), "bytes": size_on_disk(path), "contract": contract(manifest, budget),
+                  "manifest": manifest})
+        else:
+            _show_manifest(path, manifest, budget)
+
+
+def contract(manifest: dict[str, Any], budget: int | None = None) -> dict[str, Any]:
+    """The memory contract in bytes, with the arithmetic as text; `blocks` only for a budget.
+
+    Fixed memory is weights + workspace + inputs; all else is blocks, each holding `block_tokens` tokens of the
+    state of all layers.
+    """
+    memory, state = manifest["memory"], manifest["state"]
+    fixed = memory["weights"] + memory["workspace"] + memory["inputs"]
+    terms = []
+    for group in state["groups"]:
+        size = ITEMSIZE.get(group["dtype"], 0)
+        shapes = Counter((x["kv_heads"], x["k_dim"], x["v_dim"]) for x in group["layers"])
+        for (heads, k_dim, v_dim), count in shapes.items():
+            terms.append((f"{count} layers x {heads} heads x {state['block_tokens']} tokens x ({k_dim} + {v_dim}) "
+                          f"x {size} bytes", count * heads * state["block_tokens"] * (k_dim + v_dim) * size))
+    made: dict[str, Any] = {
+        "fixed": fixed, "bytes_per_block": memory["bytes_per_block"], "block_tokens": state["block_tokens"],
+        "fixed_is": f"weights {memory['weights']} + workspace {memory['workspace']} + inputs {memory['inputs']}",
+        "bytes_per_block_is": " + ".join(text for text, _ in terms),
+        "adds_up": sum(count for _, count in terms) == memory["bytes_per_block"],
+        "bytes_per_token": memory["bytes_per_block"] / state["block_tokens"],
+    }
+    if budget is not None:
+        blocks = max(0, (budget - fixed) // memory["bytes_per_block"])
+        made |= {"budget": budget, "blocks": blocks, "tokens": blocks * state["block_tokens"],
+                 "blocks_are": f"({budget} - {fixed}) // {memory['bytes_per_block']}"}
+    return made
+
+
+def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> None:
+    model, chip, dims = manifest["model"], manifest["chip"], manifest["dims"]
+    out.print(f"[bold]{path}[/]  {human_bytes(size_on_disk(path))}")
+    out.print(f"model    {model['name']}: {model['architecture']}, {model['dtype']}, vocabulary {model['vocab_size']}, "
+              f"up to {model['max_model_len']} tokens")
+    out.print(f"chip     {chip['name']}: {chip['triple']}, needs {', '.join(chip['features']) or 'nothing special'}")
+    out.print(f"step     up to {dims['tokens']} tokens, {dims['seqs']} sequences, {dims['rows']} logit rows")
+    out.print("made by  " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()))
+    _show_contract(manifest, contract(manifest, budget))
+    calls = Counter(call["kernel"] for call in manifest["plan"])
+    kernels = table(f"Kernels: {len(manifest['kernels'])} for {len(manifest['plan'])} calls in a step",
+                    "kernel", "kind", "calls", "chunks", "source in the model", right=("calls",))
+    for index, kernel in enumerate(manifest["kernels"]):
+        kernels.add_row(kernel["symbol"], kernel["kind"], str(calls[index]), _grid(kernel["grid"]),
+                        "\n".join(_short(kernel["source"])))
+    out.print()
+    out.print(kernels)
+    err.print("[dim]More: --why, --ir list, --ir PHASE --diff, --memory 4GiB, --json[/]")
+
+
+def _show_contract(manifest: dict[str, Any], made: dict[str, Any]) -> None:
+    memory = manifest["memory"]
+    rows = table("Memory contract", "part", "bytes", "", right=("bytes",))
+    for name in ("weights", "workspace", "inputs"):
+        rows.add_row(name, f"{memory[name]:,}", human_bytes(memory[name]))
+    rows.add_row("fixed", f"{made['fixed']:,}", human_bytes(made["fixed"]))
+    rows.add_row("each block", f"{made['bytes_per_block']:,}", f"= {made['bytes_per_block_is']}")
+    if "budget" in made:
+        rows.add_row("budget", f"{made['budget']:,}", f"{made['blocks']} blocks = {made['blocks_are']}: "
+                     f"{made['tokens']:,} tokens of state")
+    out.print()
+    out.print(rows)
+
+
+def _grid(grid: dict[str, int]) -> str:
+    per = ("tokens", "seqs", "rows", "query tiles")
+    if grid["dim"] < 0:
+        return str(grid["mult"])
+    head = per[grid["dim"]] if grid["tile"] == 1 else f"{per[grid['dim']]}/{grid['tile']}"
+    return head if grid["mult"] == 1 else f"{head} x {grid['mult']}"
+
+
+def _short(sources: list[str]) -> list[str]:
+    """Source lines without the long part of their path, lines of one file together."""
+    pairs = sorted({(s.rpartition(":")[0].rsplit("site-packages/", 1)[-1], s.rpartition(":")[2]) for s in sources})
+    return [f"{file}:{','.join(line for _, line in lines)}" for file, lines in groupby(pairs, key=lambda p: p[0])]
+
+
+def phases(path: Path) -> list[Path]:
+    """The artifact's IR texts, in order."""
+    return sorted((path / "ir").glob("[0-9]*.txt"))
+
+
+def _show_ir(path: Path, name: str, diff: bool, json_: bool) -> None:
+    texts = phases(path)
+    names = [text.stem for text in texts]
+    if not texts:
+        raise UsageError(f"{path} holds no IR texts")
+    if name == "list":
+        if json_:
+            emit({"phases": names})
+        else:
+            out.print("\n".join(names))
+        return
+    found = [i for i, stem in enumerate(names) if name in (stem, *stem.split("-", 1))]
+    if not found:
+        raise UsageError(f"no phase is called {name!r}; the phases are: {', '.join(names)}")
+    index = found[0]
+    text = texts[index].read_text()
+    if diff and index > 0:
+        text = "\n".join(difflib.unified_diff(texts[index - 1].read_text().splitlines(), text.splitlines(),
+                                              names[index - 1], names[index], n=1, lineterm=""))
+    if json_:
+        emit({"phase": names[index], "text": text})
+    elif diff and out.is_terminal:
+        out.print(Syntax(text, "diff", background_color="default"))
+    else:
+        typer.echo(text)
+
+
+def _show_why(path: Path, json_: bool) -> None:
+    file = path / "ir" / "report.json"
+    if not file.is_file():
+        raise UsageError(f"{path} holds no report of its passes (ir/report.json)")
+    decisions = _read_json(file)
+    if json_:
+        emit(decisions)
+        return
+    rows = table("What the passes did, and why not", "pass", "", "what", "times", "reason", "source",
+                 right=("times",))
+    counted: dict[tuple[str, bool, str, str], list[str]] = {}
+    for d in decisions:
+        counted.setdefault((d["pass"], d["done"], d["what"], d["why"]), []).append(d["loc"])
+    for (pass_name, done, what, reason), locs in counted.items():
+        rows.add_row(pass_name, "[green]yes[/]" if done else "[yellow]no[/]", what, str(len(locs)), reason,
+                     "\n".join(_short([loc for loc in locs if loc])))
+    out.print(rows)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}); the artifact is damaged, compile it again") from error

@@ -1,0 +1,58 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferloom.cache import CompileOptions
+from inferloom.errors import UsageError
+
+DTYPES = ("fp32", "bf16")
+
+
+def complete_chip(incomplete: str) -> list[str]:
+    """Chip names for the shell."""
+    from inferloom.targets.chips import CHIPS
+
+    return [name for name in ("cpu", *CHIPS) if name.startswith(incomplete)]
+
+
+def complete_dtype(incomplete: str) -> list[str]:
+    """Element types for the shell."""
+    return [name for name in DTYPES if name.startswith(incomplete)]
+
+
+Model = Annotated[Path, typer.Argument(help="An artifact, or a checkpoint (compiled into the cache on first use).",
+                                       show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint: config.json and *.safetensors.", show_default=False)]
+Chip = Annotated[str, typer.Option("--chip", help="Chip to compile for: see `inferloom chips`.",
+                                   autocompletion=complete_chip)]
+Dtype = Annotated[str, typer.Option("--dtype", help="fp32 or bf16.", autocompletion=complete_dtype)]
+MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_default=False,
+                                                 help="Longest sequence; the model's own limit if not given.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False,
+                                             help="Threads; all cores if not given.")]
+Memory = Annotated[str | None, typer.Option("--memory", show_default=False, metavar="BYTES",
+                                            help="Memory budget, e.g. 4GiB; part of what is free if not given.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def compile_options(chip: str, dtype: str, max_model_len: int | None) -> CompileOptions:
+    """Checked options. Raises `UsageError` for a dtype that is not known (chips are checked by the compiler)."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    return CompileOptions(chip=chip, dtype=dtype, max_model_len=max_model_len)
+
+
+def parse_bytes(text: str) -> int:
+    """`4GiB`, `500MB`, `1.5g` or a plain number as bytes. Raises `UsageError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None:
+        raise UsageError(f"{text!r} is not an amount of memory; write for example 4GiB, 500MB or 1073741824")
+    number, unit, binary = match.groups()
+    step = 1024 if binary or (unit and not text.lower().rstrip().endswith("b")) else 1000
+    return int(float(number) * step ** " kmgt".index(unit or " "))
