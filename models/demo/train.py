@@ -9,19 +9,22 @@ No pickle is read or written.
 """
 
 import argparse
+import json
 import math
 import os
+import random
 import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from inferloom.models.demo.corpus import BOS, BOS_ID, EOS, EOS_ID, SourceFile, load_corpus, train_tokenizer
 from inferloom.models.demo.report import Score, write_readme
@@ -30,6 +33,7 @@ CONTEXT = 1024
 SHORT_CONTEXT = 256  # most of the run uses short windows, which cost less attention
 SHORT_UNTIL = 0.75  # ... up to this share of the schedule
 WARMUP_STEPS = 40
+SPLIT_SPACES = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class Windows:
 
     def __init__(self, tokenizer: Tokenizer, files: tuple[SourceFile, ...], seed: int) -> None:
         encoded = tokenizer.encode_batch([file.text for file in files], add_special_tokens=False)
-        self.stream = torch.tensor([i for one in encoded for i in [*one.ids, EOS_ID]], dtype=torch.int64)
+        stream = split_spaces(tokenizer, (i for one in encoded for i in [*one.ids, EOS_ID]), seed)
+        self.stream = torch.tensor(stream, dtype=torch.int64)
         newline = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.bool)
         newline[EOS_ID] = True
         for i in range(tokenizer.get_vocab_size()):
@@ -95,6 +100,25 @@ class Windows:
         targets = self.stream[index]
         bos = torch.full((rows, 1), BOS_ID)
         return torch.cat([bos, targets[:, :-1]], dim=1), targets
+
+
+def split_spaces(tokenizer: Tokenizer, ids: Iterable[int], seed: int) -> list[int]:
+    """Split a few tokens such as ` name` into a space and `name`, so that a prompt may end in a space."""
+    vocabulary = tokenizer.get_vocab()
+    space = tokenizer.encode(" ", add_special_tokens=False).tokens[0]
+    tails = {
+        i: vocabulary[token.removeprefix(space)]
+        for token, i in vocabulary.items()
+        if token.startswith(space) and token.removeprefix(space) in vocabulary
+    }
+    chance = random.Random(seed)
+    split = []
+    for i in ids:
+        if i in tails and chance.random() < SPLIT_SPACES:
+            split += [vocabulary[space], tails[i]]
+        else:
+            split.append(i)
+    return split
 
 
 def window_loss(
@@ -179,9 +203,15 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, do_sample=False)
     model.save_pretrained(out)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT
-    ).save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    about = {
+        "bos_token": BOS,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS,
+        "model_max_length": CONTEXT,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
