@@ -107,11 +107,12 @@ def test_held_out_score_and_sample() -> None:
 
     held_out = load_corpus().held_out
     assert all(file.held_out for file in held_out)
-    sample = tuple(SourceFile(file.path, file.text[:3000]) for file in held_out[:3])
+    longest = sorted(held_out, key=lambda file: len(file.text))[-3:]
+    sample = tuple(SourceFile(file.path, file.text[6000:9000]) for file in longest)
     score = evaluate(
         LlamaForCausalLM.from_pretrained(FOLDER), Tokenizer.from_file(str(FOLDER / "tokenizer.json")), sample
     )
-    assert 0.5 < score.bits_per_byte < 2.2  # untrained: about 4; below 0.5 it has seen the files
+    assert 0.5 < score.bits_per_byte < 2.0  # untrained: about 3.5; below 0.5 it has seen the files
     assert score.perplexity < 50
     assert "import " in complete(FOLDER, "import os\n", 16).removeprefix("import os\n")
 
