@@ -13,9 +13,7 @@ BOS_ID, EOS_ID = 0, 1
 HELD_OUT_ONE_IN = 50
 
 # Left out: tests, what is installed beside the library, generated tables, and grammar machinery.
-_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__", "pydoc_data"}
-)
+_SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__", "pydoc_data"})
 _TABLES = ("encodings/cp", "encodings/iso", "encodings/mac_", "encodings/koi8", "_sysconfigdata")
 
 
@@ -59,13 +57,9 @@ def load_corpus(root: Path | None = None) -> Corpus:
             continue
         if text.strip():
             files.append(SourceFile(name, text))
-    corpus = Corpus(
-        tuple(file for file in files if not file.held_out), tuple(file for file in files if file.held_out)
-    )
+    corpus = Corpus(tuple(file for file in files if not file.held_out), tuple(file for file in files if file.held_out))
     if not corpus.train or not corpus.held_out:
-        raise FileNotFoundError(
-            f"{base}: {len(files)} usable .py files, too few to train on and hold some out"
-        )
+        raise FileNotFoundError(f"{base}: {len(files)} usable .py files, too few to train on and hold some out")
     return corpus
 
 

@@ -121,9 +121,7 @@ def split_spaces(tokenizer: Tokenizer, ids: Iterable[int], seed: int) -> list[in
     return split
 
 
-def window_loss(
-    model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tensor, reduction: str
-) -> torch.Tensor:
+def window_loss(model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
     """Cross entropy in nats; the matmuls run in bf16, the loss in f32."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=inputs, use_cache=False).logits
@@ -233,9 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     save(model, tokenizer, options.out)
     score = evaluate(LlamaForCausalLM.from_pretrained(options.out), tokenizer, corpus.held_out)
     print(f"held out: perplexity {score.perplexity:.3f} per token, {score.bits_per_byte:.4f} bits per byte")
-    write_readme(
-        options.out, score, len(corpus.train), len(windows.stream), steps, options.batch_tokens, options.seed
-    )
+    write_readme(options.out, score, len(corpus.train), len(windows.stream), steps, options.batch_tokens, options.seed)
     return 0
 
 
@@ -244,9 +240,7 @@ def parse(arguments: list[str] | None) -> Options:
     defaults = Options(out=Path("demo"))
     parser = argparse.ArgumentParser(description="Train the demo model on this Python's own library.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and its README")
-    parser.add_argument(
-        "--minutes", type=float, default=defaults.minutes, help="for training, pauses included"
-    )
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="for training, pauses included")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="exact number; overrides --minutes")
     parser.add_argument("--threads", type=int, default=defaults.threads)
     parser.add_argument("--seed", type=int, default=defaults.seed)
