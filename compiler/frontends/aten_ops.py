@@ -1,0 +1,374 @@
+"""How each ATen operator becomes IR: one function an operator, registered in `aten.LOWERINGS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from inferloom.compiler.frontends.aten import DTYPES, Importer, Traced, lowers
+from inferloom.ir.errors import UnsupportedError
+
+END = 2**62
+
+
+def _axis(x: Traced, axis: int) -> int:
+    return axis + len(x.shape) if axis < 0 else axis
+
+
+# Nothing to compute: the value stays, only how it is seen changes.
+
+
+@lowers("aten.alias.default", "aten.clone.default", "aten.contiguous.default", "aten.detach.default",
+        "aten.lift_fresh_copy.default", "aten.dropout.default", "aten.detach_.default")
+def same(im: Importer, x: Any, *args: Any, **kwargs: Any) -> Traced:
+    return im.traced(x)
+
+
+@lowers("aten._to_copy.default", "aten.to.dtype", "aten.type_as.default")
+def to_copy(im: Importer, x: Any, *args: Any, **kwargs: Any) -> Traced:
+    """Casts; float types are all f32 here, since models are traced in float32."""
+    wanted = im.result().dtype
+    if wanted not in DTYPES:
+        raise UnsupportedError(f"cast to {wanted}")
+    return im.cast(im.traced(x), DTYPES[wanted])
+
+
+@lowers("aten.transpose.int", "aten.permute.default", "aten.t.default", "aten.numpy_T.default")
+def permute(im: Importer, x: Any, *args: Any) -> Traced:
+    x = im.traced(x)
+    rank = len(x.shape)
+    order = list(range(rank))
+    if len(args) == 1:
+        order = [_axis(x, a) for a in args[0]]
+    elif len(args) == 2:
+        i, j = _axis(x, args[0]), _axis(x, args[1])
+        order[i], order[j] = j, i
+    else:
+        order.reverse()
+    return x.renumber(im.result_shape, {old: new for new, old in enumerate(order)})
+
+
+@lowers("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.flatten.using_ints",
+        "aten.unflatten.int", "aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default",
+        "aten.unsqueeze.default")
+def view(im: Importer, x: Any, *args: Any) -> Traced:
+    return im.layouts.view(im.traced(x), im.result_shape)
+
+
+@lowers("aten.expand.default", "aten.expand_as.default", "aten.broadcast_to.default")
+def expand(im: Importer, x: Any, *args: Any, **kwargs: Any) -> Traced:
+    x = im.traced(x)
+    shape = im.result_shape
+    shift = len(shape) - len(x.shape)
+    old = (1,) * shift + x.shape
+    x = Traced(x.value, old, tuple(a + shift for a in x.axes))
+    grown = [a for a in range(len(shape)) if old[a] != shape[a]]
+    if not grown:
+        return x
+    x = im.layouts.with_axes(x, grown)
+    axes = sorted(x.axes, key=lambda a: (isinstance(shape[a], int), x.axes.index(a)))
+    value = im.layouts.arrange(x, axes)
+    return Traced(im.emit("expand", value, shape=tuple(shape[a] for a in axes)), shape, tuple(axes))
+
+
+# Moving data.
+
+
+@lowers("aten.slice.Tensor")
+def slice_(im: Importer, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Traced:
+    x = im.traced(x)
+    axis = _axis(x, dim)
+    size = x.shape[axis]
+    shape = im.result_shape
+    if shape[axis] == size:
+        return x
+    if not isinstance(size, int):
+        raise UnsupportedError("slice along the token axis")
+    start, end = start or 0, END if end is None else end
+    start = max(start + size, 0) if start < 0 else start
+    end = end + size if end < 0 else min(end, size)
+    x = im.layouts.with_axes(x, [axis])
+    made = im.emit("slice", x.value, axis=x.axes.index(axis), start=start, stop=end, step=step)
+    return Traced(made, shape, x.axes)
+
+
+@lowers("aten.select.int")
+def select(im: Importer, x: Any, dim: int, index: int) -> Traced:
+    x = im.traced(x)
+    return _pick(im, x, _axis(x, dim), index)
+
+
+def _pick(im: Importer, x: Traced, axis: int, index: int) -> Traced:
+    """One element along an axis, which disappears."""
+    size = x.shape[axis]
+    if not isinstance(size, int):
+        raise UnsupportedError("selecting one token")
+    rest = tuple(d for i, d in enumerate(x.shape) if i != axis)
+    if size > 1:
+        index += size if index < 0 else 0
+        made = im.emit("slice", x.value, axis=x.axes.index(axis), start=index, stop=index + 1)
+        x = Traced(made, tuple(1 if i == axis else d for i, d in enumerate(x.shape)), x.axes)
+    return im.layouts.view(x, rest)
+
+
+@lowers("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int")
+def split(im: Importer, x: Any, sizes: Any = 0, dim: int = 0) -> tuple[Traced, ...]:
+    x = im.traced(x)
+    unbind = str(im.node.target) == "aten.unbind.int"  # type: ignore[union-attr]
+    axis = _axis(x, sizes if unbind else dim)
+    if not isinstance(x.shape[axis], int):
+        raise UnsupportedError("splitting the token axis")
+    if unbind:
+        return tuple(_pick(im, x, axis, i) for i in range(int(str(x.shape[axis]))))
+    x = im.layouts.with_axes(x, [axis])
+    made, start = [], 0
+    for part in im.result():
+        shape = im.shape(part)
+        size = int(str(shape[axis]))
+        value = x.value if size == x.shape[axis] else im.emit(
+            "slice", x.value, axis=x.axes.index(axis), start=start, stop=start + size)
+        made.append(Traced(value, shape, x.axes))
+        start += size
+    return tuple(made)
+
+
+@lowers("aten.cat.default")
+def cat(im: Importer, parts: Any, dim: int = 0) -> Traced:
+    traced = [p for p in (im.traced(q) for q in parts) if 0 not in p.shape]
+    axis = _axis(traced[0], dim)
+    shape = im.result_shape
+    if not isinstance(shape[axis], int):
+        raise UnsupportedError("concatenating tokens")
+    return _join(im, traced, axis)
+
+
+def _join(im: Importer, parts: list[Traced], axis: int) -> Traced:
+    shape = im.result_shape
+    present = {a for p in parts for a in p.axes if shape[a] != 1} | {axis}
+    base = im.layouts.with_axes(parts[0], sorted(present))
+    axes = [a for a in base.axes if a in present]
+    made = im.emit("concat", *(im.layouts.arrange(p, axes) for p in parts), axis=axes.index(axis))
+    return Traced(made, shape, tuple(axes))
+
+
+@lowers("aten.stack.default")
+def stack(im: Importer, parts: Any, dim: int = 0) -> Traced:
+    shape = im.result_shape
+    axis = dim + len(shape) if dim < 0 else dim
+    moved = []
+    for part in parts:
+        x = im.traced(part)
+        wide = (*x.shape[:axis], 1, *x.shape[axis:])
+        moved.append(x.renumber(wide, {a: a + (a >= axis) for a in range(len(x.shape))}))
+    return _join(im, moved, axis)
+
+
+@lowers("aten.repeat_interleave.self_int")
+def repeat_interleave(im: Importer, x: Any, repeats: int, dim: int | None = None, **kwargs: Any) -> Traced:
+    x = im.traced(x)
+    if dim is None:
+        raise UnsupportedError("repeat_interleave without dim")
+    axis = _axis(x, dim)
+    if not isinstance(x.shape[axis], int):
+        raise UnsupportedError("repeating tokens")
+    x = im.layouts.with_axes(x, [axis])
+    wide = (*x.shape[:axis + 1], 1, *x.shape[axis + 1:])
+    x = x.renumber(wide, {a: a + (a > axis) for a in range(len(wide))})
+    place = x.axes.index(axis) + 1
+    axes = (*x.axes[:place], axis + 1, *x.axes[place:])
+    grown = (*wide[:axis + 1], repeats, *wide[axis + 2:])
+    value = im.emit("expand", im.layouts.arrange(x, axes), shape=tuple(grown[a] for a in axes))
+    return im.layouts.view(Traced(value, grown, axes), im.result_shape)
+
+
+@lowers("aten.index.Tensor")
+def index(im: Importer, x: Any, indices: Any) -> Traced:
+    """`x[:, rows]` picks rows; `x[..., [i]]` with known indices slices."""
+    x = im.traced(x)
+    used = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if len(used) != 1:
+        raise UnsupportedError("indexing along several axes at once")
+    axis, chosen = used[0]
+    if isinstance(chosen, Traced):
+        if x.axes[:1] != (axis,) or chosen.type.rank != 1:
+            raise UnsupportedError("indexing by computed values along another axis than the tokens")
+        return Traced(im.emit("gather_rows", x.value, chosen.value), im.result_shape, x.axes)
+    places = [int(p) for p in chosen.tensor.reshape(-1)]
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if not isinstance(x.shape[axis], int) or step < 1 or chosen.tensor.dim() != 1 or \
+            places != list(range(places[0], places[-1] + 1, step)):
+        raise UnsupportedError(f"indexing by {places}")
+    size = int(str(x.shape[axis]))
+    first = places[0] + (size if places[0] < 0 else 0)
+    x = im.layouts.with_axes(x, [axis])
+    if len(places) == size and step == 1:
+        return x
+    made = im.emit("slice", x.value, axis=x.axes.index(axis), start=first,
+                   stop=first + step * (len(places) - 1) + 1, step=step)
+    return Traced(made, im.result_shape, x.axes)
+
+
+# Layers.
+
+
+@lowers("aten.embedding.default")
+def embedding(im: Importer, table: Any, ids: Any, *args: Any, **kwargs: Any) -> Traced:
+    table, ids = im.traced(table), im.traced(ids)
+    axes = (*ids.axes, len(im.result_shape) - 1)
+    return Traced(im.emit("embedding", ids.value, table.value), im.result_shape, axes)
+
+
+@lowers("aten.linear.default")
+def linear(im: Importer, x: Any, weight: Any, bias: Any = None) -> Traced:
+    return _linear(im, im.traced(x), im.layouts.ordered(im.traced(weight)).value, bias)
+
+
+def _linear(im: Importer, x: Traced, weight: Any, bias: Any) -> Traced:
+    x = im.layouts.last(x, len(x.shape) - 1)
+    made = im.emit("linear", x.value, weight, None if bias is None else im.traced(bias).value)
+    return Traced(made, im.result_shape, (*x.axes[:-1], len(im.result_shape) - 1))
+
+
+@lowers("aten.matmul.default", "aten.mm.default", "aten.bmm.default")
+def matmul(im: Importer, x: Any, y: Any) -> Traced:
+    x, y = im.traced(x), im.traced(y)
+    shape = im.result_shape
+    if x.shape[-1] == 1 and len(x.shape) == len(y.shape):
+        return im.elementwise("mul", x, y)
+    if y.token_axis is None and all(d == 1 for d in y.shape[:-2]):
+        rank = len(y.shape)
+        weight = im.layouts.arrange(y, (rank - 1, rank - 2))
+        return _linear(im, x, weight, None)
+    raise UnsupportedError(f"product of {x.type} and {y.type}, both of which depend on tokens, outside of attention "
+                           f"(result {shape})")
+
+
+@lowers("aten.addmm.default")
+def addmm(im: Importer, bias: Any, x: Any, weight: Any, beta: float = 1, alpha: float = 1) -> Traced:
+    weight = im.traced(weight)
+    if beta != 1 or alpha != 1 or weight.token_axis is not None:
+        raise UnsupportedError("addmm with beta, alpha or a weight that depends on tokens")
+    return _linear(im, im.traced(x), im.layouts.arrange(weight, (1, 0)), bias)
+
+
+@lowers("aten.layer_norm.default", "aten.native_layer_norm.default")
+def layer_norm(im: Importer, x: Any, normalized: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+               *args: Any) -> Any:
+    if len(normalized) != 1:
+        raise UnsupportedError(f"layer norm over {len(normalized)} axes")
+    x = im.traced(x)
+    x = im.layouts.last(x, len(x.shape) - 1)
+    scales = [None if s is None else im.traced(s).value for s in (weight, bias)]
+    made = Traced(im.emit("layer_norm", x.value, *scales, eps=float(eps)), x.shape, x.axes)
+    return (made, None, None) if "native" in str(im.node.target) else made  # type: ignore[union-attr]
+
+
+@lowers("aten.rms_norm.default")
+def rms_norm(im: Importer, x: Any, normalized: Any, weight: Any = None, eps: float | None = None) -> Traced:
+    if len(normalized) != 1:
+        raise UnsupportedError(f"RMS norm over {len(normalized)} axes")
+    x = im.traced(x)
+    x = im.layouts.last(x, len(x.shape) - 1)
+    scale = None if weight is None else im.traced(weight).value
+    eps = float(torch.finfo(torch.float32).eps) if eps is None else float(eps)
+    return Traced(im.emit("rms_norm", x.value, scale, eps=eps), x.shape, x.axes)
+
+
+@lowers("inferloom.attention.default")
+def attention(im: Importer, q: Any, k: Any, v: Any, scale: float, window: int, chunk: int, softcap: float,
+              sinks: Any, alibi: Any) -> Traced:
+    values = [im.layouts.arrange(im.traced(t), (0, 1, 2)) for t in (q, k, v)]
+    tables = [None if t is None else im.layouts.arrange(im.traced(t), (0,)) for t in (sinks, alibi)]
+    made = im.emit("attention", *values, *tables, scale=float(scale), slot=im.slots, window=window,
+                   softcap=float(softcap), chunk=chunk)
+    im.slots += 1
+    return Traced(made, im.result_shape, (0, 1, 2))
+
+
+# Arithmetic.
+
+
+def _same_as(im: Importer, x: Any) -> bool:
+    return isinstance(x, Traced) and x.type.dtype.is_float and x.shape == im.result_shape
+
+
+@lowers("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Scalar")
+def add(im: Importer, x: Any, y: Any, alpha: float = 1) -> Traced:
+    name = str(im.node.target)  # type: ignore[union-attr]
+    if alpha != 1:
+        raise UnsupportedError(f"alpha={alpha}")
+    if isinstance(y, (int, float)) and y == 0 and "rsub" not in name and _same_as(im, x):
+        return x
+    if "rsub" in name:
+        return im.elementwise("sub", y, x)
+    return im.elementwise("sub" if "sub" in name else "add", x, y)
+
+
+@lowers("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar")
+def mul(im: Importer, x: Any, y: Any) -> Traced:
+    if isinstance(y, (int, float)) and y == 1 and _same_as(im, x):
+        return x
+    return im.elementwise("div" if "div" in str(im.node.target) else "mul", x, y)  # type: ignore[union-attr]
+
+
+@lowers("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar")
+def pow_(im: Importer, x: Any, y: Any) -> Traced:
+    if y == 2 and isinstance(x, Traced):
+        return im.elementwise("mul", x, x)
+    if y == 3 and isinstance(x, Traced):
+        square = im.elementwise("mul", x, x)
+        return im.elementwise("mul", square, x)
+    if y == 0.5 and isinstance(x, Traced):
+        return im.elementwise("sqrt", x)
+    return im.elementwise("pow", x, y)
+
+
+@lowers("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
+def clamp(im: Importer, x: Any, low: Any = None, high: Any = None, **kwargs: Any) -> Traced:
+    if "max" in str(im.node.target):  # type: ignore[union-attr]
+        low, high = None, low
+    low, high = kwargs.get("min", low), kwargs.get("max", high)
+    x = im.traced(x)
+    x = x if low is None else im.elementwise("maximum", x, low)
+    return x if high is None else im.elementwise("minimum", x, high)
+
+
+@lowers("aten.gelu.default")
+def gelu(im: Importer, x: Any, approximate: str = "none") -> Traced:
+    return im.elementwise("gelu", x, approximate=approximate)
+
+
+@lowers("aten.where.self")
+def where(im: Importer, condition: Any, x: Any, y: Any) -> Traced:
+    parts = [im.traced(t) for t in (condition, x, y)]
+    values, axes = im.layouts.broadcast(parts, im.result_shape)
+    return Traced(im.emit("where", *values), im.result_shape, axes)
+
+
+@lowers("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default")
+def reduce(im: Importer, x: Any, dims: Any, keepdim: bool = False, **kwargs: Any) -> Traced:
+    op = {"mean": "mean", "sum": "sum", "amax": "max"}[str(im.node.target).split(".")[1]]  # type: ignore[union-attr]
+    x = im.traced(x)
+    gone = [_axis(x, d) for d in dims]
+    if any(not isinstance(x.shape[a], int) for a in gone):
+        raise UnsupportedError("reduction over the tokens")
+    x = im.layouts.with_axes(x, gone)
+    value = im.emit(op, x.value, axes=tuple(sorted(x.axes.index(a) for a in gone)), keepdims=keepdim)
+    if keepdim:
+        return Traced(value, im.result_shape, x.axes)
+    left = [a for a in range(len(x.shape)) if a not in gone]
+    return Traced(value, im.result_shape, tuple(left.index(a) for a in x.axes if a not in gone))
+
+
+def _pointwise(aten: str, op: str) -> None:
+    @lowers(*(f"aten.{aten}.{overload}" for overload in ("default", "Tensor", "Scalar")))
+    def lower(im: Importer, *args: Any) -> Traced:
+        return im.elementwise(op, *args)
+
+
+for _aten, _op in {"neg": "neg", "abs": "abs", "exp": "exp", "log": "log", "sqrt": "sqrt", "rsqrt": "rsqrt",
+                   "tanh": "tanh", "sin": "sin", "cos": "cos", "erf": "erf", "relu": "relu", "sigmoid": "sigmoid",
+                   "silu": "silu", "maximum": "maximum", "minimum": "minimum", "lt": "lt", "le": "le",
+                   "eq": "eq"}.items():
+    _pointwise(_aten, _op)

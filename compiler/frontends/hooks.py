@@ -1,0 +1,254 @@
+"""The one table of hooks that make a model trace into one op per attention.
+
+transformers' attention interface is routed to the custom op `inferloom::attention`; families that compute
+attention by hand get a replacement from `FAMILIES` for the time of the trace. `attention` is the function for
+models of one's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inferloom.ir.errors import UnsupportedError
+
+NAME = "inferloom"
+
+torch.library.define(
+    "inferloom::attention",
+    "(Tensor q, Tensor k, Tensor v, float scale, int window, int chunk, float softcap, Tensor? sinks, "
+    "Tensor? alibi) -> Tensor")
+
+
+@torch.library.register_fake("inferloom::attention")
+def _shape(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, chunk: int, softcap: float,
+           sinks: Tensor | None, alibi: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@torch.library.impl("inferloom::attention", "CompositeExplicitAutograd")
+def _eager(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, chunk: int, softcap: float,
+           sinks: Tensor | None, alibi: Tensor | None) -> Tensor:
+    tokens, heads, _ = q.shape
+    group = heads // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    score = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+    if softcap:
+        score = torch.tanh(score / softcap) * softcap
+    i = torch.arange(tokens, device=q.device)[:, None]
+    j = torch.arange(tokens, device=q.device)[None]
+    if alibi is not None:
+        score = score + alibi.float()[:, None, None] * (j - i)
+    seen = j <= i
+    if window:
+        seen = seen & (i - j < window)
+    if chunk:
+        seen = seen & (i // chunk == j // chunk)
+    score = score.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        score = torch.cat([score, sinks.float().view(heads, 1, 1).expand(heads, tokens, 1)], -1)
+    weight = score.softmax(-1)[..., :tokens]
+    return torch.einsum("hqk,khd->qhd", weight, v.float()).to(q.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int = 0, chunk: int = 0,
+              softcap: float = 0.0, sinks: Tensor | None = None, alibi: Tensor | None = None) -> Tensor:
+    """Causal attention of q [tokens, H, dk] over k [tokens, Hkv, dk], v [tokens, Hkv, dv] -> [tokens, H, dv].
+
+    `scale` defaults to dk^-0.5; `window`, `chunk` and `softcap` are off at 0; `sinks` and `alibi` are per head
+    [H]. Run eagerly, all tokens are one sequence that starts at position 0; compiled, they are a ragged batch.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.inferloom.attention(q, k, v, float(scale), int(window), int(chunk), float(softcap), sinks, alibi)
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """`attention` of tensors [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
+    q, k, v = (t.transpose(1, 2).squeeze(0) for t in (q, k, v))
+    return attention(q, k, v, **options).unsqueeze(0)
+
+
+#: Keywords that transformers passes along and that change nothing for a causal decoder.
+_IGNORED = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits",
+                      "output_hidden_states", "num_items_in_batch", "return_dict", "past_key_values"})
+
+
+def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+               scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+               softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None,
+               **kwargs: Any) -> tuple[Tensor, None]:
+    """The function registered with transformers; raises on whatever it does not understand."""
+    where = type(module).__name__
+    if attention_mask is not None:
+        raise UnsupportedError(f"{where} passes an attention mask; only causal and windowed attention are known")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal is False:
+        raise UnsupportedError(f"{where} is not causal; only causal language models are supported")
+    for name, given in kwargs.items():
+        if name not in _IGNORED and given is not None and given is not False:
+            raise UnsupportedError(f"{where} passes {name!r} to its attention, which inferloom does not know")
+    window, chunk = int(sliding_window or 0), 0
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and layer is not None and layer < len(kinds):
+        if kinds[layer] == "sliding_attention" and not window:
+            raise UnsupportedError(f"{where} is a sliding-window layer but passes no sliding_window")
+        if kinds[layer] == "full_attention" and window:
+            raise UnsupportedError(f"{where} is a full-attention layer but passes sliding_window={window}")
+        if kinds[layer] == "chunked_attention":
+            chunk = int(getattr(config, "attention_chunk_size"))
+    out = _one_sequence(query, key, value, scale=scaling, window=window, chunk=chunk, softcap=softcap or 0.0,
+                        sinks=s_aux)
+    return out, None
+
+
+def _bloom(self: Any, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+
+    if self.pretraining_tp > 1 and self.slow_but_exact:
+        raise UnsupportedError("bloom with slow_but_exact=True")
+    q, k, v = self._reshape(self.query_key_value(hidden_states))
+    out = _one_sequence(q, k, v, scale=self.inv_norm_factor, alibi=_get_alibi_slopes(self.num_heads, None))
+    return self.dense(out.flatten(2)) + residual, None
+
+
+def _mpt(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    mixed = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+    q, k, v = (t.unflatten(2, (self.n_heads, self.head_dim)).squeeze(0) for t in mixed.chunk(3, dim=2))
+    out = attention(q, k, v, scale=self.softmax_scale, alibi=mpt_slopes(self.n_heads))
+    return self.out_proj(out.flatten(1).unsqueeze(0)), None
+
+
+def mpt_slopes(heads: int, bias_max: float = 8.0) -> Tensor:
+    """ALiBi slopes f32 [heads] as MPT orders them when `heads` is not a power of two."""
+    full = 2 ** math.ceil(math.log2(heads))
+    slopes = 2.0 ** -(torch.arange(1, full + 1, dtype=torch.float32) * (bias_max / full))
+    return slopes if full == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
+
+
+def _falcon(self: Any, hidden_states: Tensor, alibi: Tensor | None, *args: Any, position_embeddings: Any = None,
+            **kwargs: Any) -> tuple[Tensor, None]:
+    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    fused = self.query_key_value(hidden_states)
+    if self.new_decoder_architecture:
+        group = self.num_heads // self.num_kv_heads
+        fused = fused.unflatten(2, (self.num_kv_heads, group + 2, self.head_dim))
+        q, k, v = fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
+    else:
+        q, k, v = self._split_heads(fused)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    slopes = None
+    if self.config.alibi:
+        slopes = _get_alibi_slopes(self.num_heads, None) * self.inv_norm_factor
+    else:
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    out = _one_sequence(q, k, v, scale=self.inv_norm_factor, alibi=slopes)
+    return self.dense(out.flatten(2)), None
+
+
+def _by_hand(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The `_attn(query [1, H, tokens, D], ...)` method of gpt_neo, gptj and codegen."""
+    window = 0
+    if type(self).__name__ == "GPTNeoSelfAttention":
+        scale = 1.0
+        window = int(self.config.window_size) if self.attention_type == "local" else 0
+    else:
+        scale = 1.0 / float(self.scale_attn)
+    return _one_sequence(query, key, value, scale=scale, window=window).transpose(1, 2), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Stands in for builders of masks and ALiBi tensors, which the replaced attention does not read."""
+
+
+Patch = tuple[str, str, Callable[..., Any]]
+
+#: Module suffix of a family -> (class, or "" for the module itself; attribute; what replaces it while tracing).
+FAMILIES: dict[str, tuple[Patch, ...]] = {
+    "bloom.modeling_bloom": (("BloomAttention", "forward", _bloom), ("BloomModel", "build_alibi_tensor", _no_mask)),
+    "mpt.modeling_mpt": (("MptAttention", "forward", _mpt), ("MptModel", "build_mpt_alibi_tensor", _no_mask)),
+    "falcon.modeling_falcon": (("FalconAttention", "forward", _falcon), ("", "build_alibi_tensor", _no_mask)),
+    "gpt_neo.modeling_gpt_neo": (("GPTNeoSelfAttention", "_attn", _by_hand),),
+    "gptj.modeling_gptj": (("GPTJAttention", "_attn", _by_hand),),
+    "codegen.modeling_codegen": (("CodeGenAttention", "_attn", _by_hand),),
+}
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _interface)
+
+
+@contextlib.contextmanager
+def installed(model: Any) -> Iterator[None]:
+    """Route the attention of a transformers model to `inferloom::attention`; everything is restored on exit."""
+    _register()
+    undo: list[tuple[Any, str, Any]] = []
+    before = model.config._attn_implementation
+    files = {type(m).__module__ for m in model.modules()}
+    try:
+        for suffix, patches in FAMILIES.items():
+            for name in files:
+                if not name.endswith(suffix):
+                    continue
+                for owner_name, attribute, new in patches:
+                    owner = getattr(sys.modules[name], owner_name) if owner_name else sys.modules[name]
+                    undo.append((owner, attribute, vars(owner)[attribute]))
+                    setattr(owner, attribute, new)
+        _set_implementation(model, NAME)
+        yield
+    finally:
+        for owner, attribute, old in reversed(undo):
+            setattr(owner, attribute, old)
+        _set_implementation(model, before)
+
+
+def _set_implementation(model: Any, name: str | None) -> None:
+    """As `set_attn_implementation`, which refuses families that do not declare support for other back ends."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = name
+
+
+@contextlib.contextmanager
+def sdpa_installed() -> Iterator[None]:
+    """Route `F.scaled_dot_product_attention(..., is_causal=True)` to `inferloom::attention` while tracing."""
+    with _Sdpa():
+        yield
+
+
+class _Sdpa(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _sdpa(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+          is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+    """scaled_dot_product_attention of [heads, tokens, dim] or [1, heads, tokens, dim]."""
+    if attn_mask is not None or not is_causal:
+        raise UnsupportedError("scaled_dot_product_attention needs is_causal=True and no attn_mask; use "
+                               "inferloom.compiler.frontends.hooks.attention for windows, sinks and ALiBi")
+    if query.dim() not in (3, 4) or (query.dim() == 4 and query.shape[0] != 1):
+        raise UnsupportedError(f"scaled_dot_product_attention of shape {tuple(query.shape)}: expected "
+                               "[heads, tokens, dim] or [1, heads, tokens, dim]")
+    if query.shape[-3] != key.shape[-3] and not enable_gqa:
+        raise UnsupportedError("query and key differ in heads but enable_gqa is not set")
+    q, k, v = (t if t.dim() == 4 else t.unsqueeze(0) for t in (query, key, value))
+    out = _one_sequence(q, k, v, scale=scale).transpose(1, 2)
+    return out if query.dim() == 4 else out.squeeze(0)

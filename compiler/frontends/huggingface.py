@@ -1,0 +1,236 @@
+"""The Hugging Face front end: a checkpoint folder becomes a model-level graph and a source of weights.
+
+Only `config.json` and safetensors are read, never code of the checkpoint. Tracing holds no weight in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from inferloom.compiler.frontends import hooks
+from inferloom.compiler.frontends.aten import Imported, import_program
+from inferloom.compiler.frontends.skeleton import build_skeleton
+from inferloom.compiler.frontends.weights import CheckpointSource, WeightSource, legacy_name, read_checkpoint, resolve
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Graph
+from inferloom.ir.types import Sym
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "generation_config.json")
+TOKENS, ROWS = Sym("tokens", 65536), Sym("rows", 65536)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TracedModel:
+    """What a front end hands to the compiler.
+
+    `weights` loads every source of `graph.params`; `max_model_len` is in tokens; `tokenizer_files` maps file
+    names to paths; `notes` say what a user should know (fallbacks, choices made while tracing).
+    """
+
+    graph: Graph
+    weights: WeightSource
+    name: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    tokenizer_files: dict[str, Path]
+    notes: tuple[str, ...] = ()
+
+
+def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> TracedModel:
+    """Trace the checkpoint in a folder; see the module's docstring.
+
+    Raises UnsupportedError for what cannot be compiled: an unknown architecture or operator, pickled weights,
+    missing or misshapen tensors, a `max_model_len` past what the model was made for.
+    """
+    folder = Path(checkpoint_dir)
+    config = read_config(folder)
+    limit = position_limit(config)
+    length = _max_length(config, limit, max_model_len)
+    fix_rope(config, length)
+    traced, model = trace_config(config)
+    stored = read_checkpoint(folder)
+    aliases = tied_names(model)
+    wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
+              for p in traced.imported.graph.params if not p.source.startswith("buffer:")}
+    where = resolve(stored, wanted, aliases, _renamer(model), folder)
+    eos, bos = _special_ids(config, folder)
+    files = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
+    return TracedModel(traced.imported.graph, CheckpointSource(where, traced.imported.buffers), folder.resolve().name,
+                       type(model).__name__, int(config.vocab_size), length, eos, bos, files, traced.notes)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder, from `config.json` alone; UnsupportedError when it is not known."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedError(f"{path} is not a config of transformers: {error!r}") from None
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(f"{path}: transformers does not know model_type {model_type!r} (code in the checkpoint "
+                               "is never run)")
+    if raw.get("quantization_config"):
+        raise UnsupportedError(f"{path}: quantised checkpoints are not supported; use the original weights")
+    raw.pop("auto_map", None)
+    return CONFIG_MAPPING[model_type].from_dict(raw)
+
+
+def position_limit(config: Any) -> int | None:
+    """How many positions the model was made for, or None when it has no limit (ALiBi)."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _max_length(config: Any, limit: int | None, wanted: int | None) -> int:
+    if wanted is None:
+        return limit or 2048
+    if wanted < 1 or (limit is not None and wanted > limit and config.model_type not in ("bloom", "mpt")):
+        raise UnsupportedError(f"max_model_len={wanted} is not within the 1 to {limit} positions of the model")
+    return wanted
+
+
+def fix_rope(config: Any, max_model_len: int) -> None:
+    """Decide at compile time what rotary embeddings would decide per batch; UnsupportedError where that changes them.
+
+    `longrope` takes its long factors when the model may run past its original length; `dynamic` rescales
+    by the length of each sequence and is refused beyond it.
+    """
+    for rope in rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None) or position_limit(config)
+        if kind == "dynamic":
+            if original is not None and max_model_len > original:
+                raise UnsupportedError(f"dynamic rope rescales with every sequence past {original} tokens; compile "
+                                       f"with max_model_len <= {original}")
+            rope["rope_type"] = "default"
+        elif kind == "longrope":
+            chosen = "long_factor" if original is not None and max_model_len > original else "short_factor"
+            rope["short_factor"] = rope["long_factor"] = rope[chosen]
+
+
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rope parameters of a config, one set or one per layer type."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return []
+    return [r for r in rope.values() if isinstance(r, dict)] if any(
+        isinstance(r, dict) for r in rope.values()) else [rope]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConfigTrace:
+    """The imported graph of a config and notes for the user."""
+
+    imported: Imported
+    notes: tuple[str, ...] = ()
+
+
+def trace_config(config: Any) -> tuple[ConfigTrace, Any]:
+    """Trace the causal LM of a config; also returns its skeleton (a model without weights)."""
+    model = build_skeleton(config)
+    with hooks.installed(model):
+        return ConfigTrace(trace_model(model)), model
+
+
+class _Step(nn.Module):
+    """One step over ids and positions [1, tokens] with the rows wanted; returns logits [1, rows, vocab]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows).logits
+
+
+def trace_model(model: Any) -> Imported:
+    """Trace a transformers model whose hooks are installed."""
+    ids = torch.zeros(1, 7, dtype=torch.int64)
+    program = export(_Step(model).eval(), (ids, torch.arange(7)[None], torch.zeros(3, dtype=torch.int64)), 1)
+    return import_program(program, name=model.config.model_type, tokens=TOKENS, rows=ROWS, sources=sources_of(model),
+                          prefix="model.")
+
+
+def export(step: nn.Module, inputs: tuple[torch.Tensor, ...], token_axis: int) -> Any:
+    """torch.export with a dynamic number of tokens and of rows; UnsupportedError with torch's reason if it fails."""
+    tokens, rows = torch.export.Dim("T", min=1, max=65536), torch.export.Dim("R", min=1, max=65535)
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(step, inputs, dynamic_shapes=({token_axis: tokens}, {token_axis: tokens},
+                                                                        {0: rows}), strict=False)
+            return program.run_decompositions({})
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(f"torch.export cannot trace {type(getattr(step, 'model', step)).__name__}: "
+                               f"{str(error).strip()[:2000]}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def sources_of(model: nn.Module) -> dict[str, str]:
+    """Every parameter name to its source: the first name of a tied parameter."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Source -> the other names of the same parameter."""
+    table: dict[str, tuple[str, ...]] = {}
+    for name, source in sources_of(model).items():
+        if name != source:
+            table[source] = (*table.get(source, ()), name)
+    return table
+
+
+def _renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """Names in checkpoints to names of parameters, as transformers' own loader maps them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    expected = dict(model.named_parameters(remove_duplicate=False))
+
+    def rename(key: str) -> tuple[str, bool]:
+        name, converter = rename_source_key(legacy_name(key), renamings, converters, model.base_model_prefix, expected)
+        return name, converter is not None
+
+    return rename
+
+
+def _special_ids(config: Any, folder: Path) -> tuple[tuple[int, ...], int | None]:
+    """End and begin tokens: of generation_config.json where it names them, else of config.json."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    bos = generation.get("bos_token_id", getattr(config, "bos_token_id", None))
+    many = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(dict.fromkeys(int(e) for e in many)), None if bos is None else int(bos)

@@ -1,0 +1,89 @@
+"""Tiny configs of the architectures that tests trace: hidden 64, vocabulary 131, two or three layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_BASE = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_GATED = _BASE | {"intermediate_size": 96, "num_key_value_heads": 2}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+#: name -> (model_type, config). Windows are smaller than the longest test sequence (23).
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GATED),
+    "llama_tied_bias": ("llama", _GATED | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama3_rope": ("llama", _GATED | {"rope_parameters": _LLAMA3}),
+    "mistral": ("mistral", _GATED | {"sliding_window": 7, "head_dim": 32}),
+    "qwen2": ("qwen2", _GATED),
+    "qwen2_window": ("qwen2", _GATED | {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7,
+                                        "max_window_layers": 1}),
+    "qwen3": ("qwen3", _GATED | {"head_dim": 32}),
+    "phi3": ("phi3", _GATED | {"sliding_window": 7}),
+    "gemma": ("gemma", _GATED | {"head_dim": 32, "num_key_value_heads": 1}),
+    "gemma2": ("gemma2", _GATED | {"head_dim": 32, "sliding_window": 7, "query_pre_attn_scalar": 24,
+                                   "num_hidden_layers": 3}),
+    "gemma3_text": ("gemma3_text", _GATED | {"head_dim": 32, "sliding_window": 7, "query_pre_attn_scalar": 24,
+                                             "num_hidden_layers": 3, "layer_types": [
+                                                 "sliding_attention", "full_attention", "sliding_attention"]}),
+    "olmo2": ("olmo2", _GATED),
+    "granite": ("granite", _GATED | {"embedding_multiplier": 3.0, "attention_multiplier": 0.3,
+                                     "residual_multiplier": 0.7, "logits_scaling": 2.0}),
+    "smollm3": ("smollm3", _GATED | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "cohere": ("cohere", _GATED | {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": ("cohere2", _GATED | {"logit_scale": 0.5, "sliding_window": 7, "num_hidden_layers": 3,
+                                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "stablelm": ("stablelm", _GATED | {"use_qkv_bias": True}),
+    "stablelm_parallel": ("stablelm", _GATED | {"use_parallel_residual": True, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", _GATED | {"sliding_window": 7}),
+    "gpt2": ("gpt2", {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64,
+                      "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt_neo": ("gpt_neo", {"vocab_size": 131, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 7,
+                            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+                            "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt_neox": ("gpt_neox", _BASE | {"intermediate_size": 96}),
+    "gptj": ("gptj", {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64,
+                      "bos_token_id": 1, "eos_token_id": 2}),
+    "opt": ("opt", _BASE | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "opt_projected": ("opt", _BASE | {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "falcon": ("falcon", _BASE | {"alibi": False, "new_decoder_architecture": False, "multi_query": True,
+                                  "parallel_attn": True}),
+    "falcon_new": ("falcon", _BASE | {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_alibi": ("falcon", _BASE | {"alibi": True, "new_decoder_architecture": False, "multi_query": False,
+                                        "parallel_attn": False, "bias": True}),
+    "bloom": ("bloom", {"vocab_size": 131, "hidden_size": 72, "n_layer": 2, "n_head": 6, "bos_token_id": 1,
+                        "eos_token_id": 2}),
+    "mpt": ("mpt", {"vocab_size": 131, "d_model": 72, "n_layers": 2, "n_heads": 6, "max_seq_len": 64,
+                    "expansion_ratio": 4}),
+    "glm4": ("glm4", _GATED | {"head_dim": 32}),
+}
+
+
+def config(name: str) -> Any:
+    """A fresh transformers config of one entry."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type, options = ZOO[name]
+    return CONFIG_MAPPING[model_type](**options)
+
+
+def build(name: str, seed: int = 0) -> Any:
+    """The model of one entry in float32 with random weights, norms and biases included."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    made = config(name)
+    made._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                centre = 1.0 if path.endswith("weight") and "gemma" not in name else 0.0
+                parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in path else 1.5)
+                                / parameter.shape[-1] ** 0.5)
+    return model
