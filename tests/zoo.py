@@ -56,6 +56,8 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
                                         "parallel_attn": False, "bias": True}),
     "bloom": ("bloom", {"vocab_size": 131, "hidden_size": 72, "n_layer": 2, "n_head": 6, "bos_token_id": 1,
                         "eos_token_id": 2}),
+    "codegen": ("codegen", {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
+                            "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}),
     "mpt": ("mpt", {"vocab_size": 131, "d_model": 72, "n_layers": 2, "n_heads": 6, "max_seq_len": 64,
                     "expansion_ratio": 4}),
     "glm4": ("glm4", _GATED | {"head_dim": 32}),

@@ -106,6 +106,8 @@ class Importer:
         key = (x.name, tuple(data.shape))
         if key not in self._lifted:
             source = f"buffer:{x.name}"
+            while source in self.buffers:  # the same buffer, seen with another shape
+                source += "'"
             self.buffers[source] = np.ascontiguousarray(data.numpy()).astype(dtype.numpy)
             self._lifted[key] = self.builder.param(source, TensorType(dtype, tuple(data.shape)))
         return Traced(self._lifted[key], shape, axes)
@@ -119,6 +121,8 @@ class Importer:
     def operands(self, *args: Any) -> tuple[list[Value], tuple[int, ...]]:
         """Operands of an elementwise op (tensors or numbers) made to broadcast, and the result's axes."""
         shape = self.result_shape
+        if 0 in shape:
+            raise UnsupportedError("arithmetic on an empty tensor")
         tensors = {i: self.traced(a) for i, a in enumerate(args) if isinstance(a, (Traced, Known))}
         floats = [t for t in tensors.values() if t.type.dtype.is_float]
         dtype = floats[0].type.dtype if floats or not tensors else next(iter(tensors.values())).type.dtype
@@ -181,7 +185,10 @@ def import_program(program: Any, *, name: str, tokens: Sym, rows: Sym, sources: 
     inputs = iter([("tokens", tokens), ("positions", tokens), ("logit_rows", rows)])
     params: dict[str, Traced] = {}
     problems: list[str] = []
+    live = _live(program.graph)
     for node in program.graph.nodes:
+        if node.op == "call_function" and node not in live:
+            continue
         im.node = node
         im.layouts.loc = location(node.meta.get("stack_trace") or "")
         before = len(builder.nodes)
@@ -195,10 +202,20 @@ def import_program(program: Any, *, name: str, tokens: Sym, rows: Sym, sources: 
                                        + "\n  ".join(dict.fromkeys(problems)))
             logits = im.traced(im.env[node.args[0][0]])
             logits = im.layouts.ordered(im.layouts.with_axes(logits, [len(logits.shape) - 1]))
-            graph = builder.finish([logits.value])
+            graph = _tidy(builder.finish([logits.value]))
         path = module_path(node, prefix)
         im.paths.update({n: path for n in builder.nodes[before:]})
-    return Imported(_constants_first(graph), im.buffers, im.paths)
+    im.buffers = {p.source: im.buffers[p.source] for p in graph.params if p.source in im.buffers}
+    return Imported(graph, im.buffers, im.paths)
+
+
+def _live(graph: Any) -> set[Any]:
+    """Nodes that the outputs depend on: masks and tables that a hook has made useless are left out."""
+    live: set[Any] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in live:
+            live.update(node.all_input_nodes)
+    return live
 
 
 def _placeholder(im: Importer, node: Any, spec: Any, program: Any, inputs: Any, params: dict[str, Traced],
@@ -291,10 +308,16 @@ def _evaluate(node: Any, args: Any, kwargs: Any) -> Any:
     return wrap(made, node.name)
 
 
-def _constants_first(graph: Graph) -> Graph:
-    constants = [n for n in graph.nodes if n.op == "constant"]
-    return Graph(graph.name, graph.inputs, graph.params,
-                 (*constants, *(n for n in graph.nodes if n.op != "constant")), graph.outputs)
+def _tidy(graph: Graph) -> Graph:
+    """Constants first, since they belong to no layer; nodes and params that nothing reads are dropped."""
+    live = set(graph.outputs)
+    for node in reversed(graph.nodes):
+        if any(v in live for v in node.results):
+            live.update(v for v in node.operands if v is not None)
+    nodes = [n for n in graph.nodes if any(v in live for v in n.results)]
+    return Graph(graph.name, graph.inputs, tuple(p for p in graph.params if p.value in live),
+                 (*(n for n in nodes if n.op == "constant"), *(n for n in nodes if n.op != "constant")),
+                 graph.outputs)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')

@@ -85,6 +85,8 @@ def slice_(im: Importer, x: Any, dim: int = 0, start: Any = None, end: Any = Non
         return x
     if not isinstance(size, int):
         raise UnsupportedError("slice along the token axis")
+    if shape[axis] == 0:
+        return Traced(x.value, shape, x.axes)  # only `cat` may read it, which leaves it out
     start, end = start or 0, END if end is None else end
     start = max(start + size, 0) if start < 0 else start
     end = end + size if end < 0 else min(end, size)
@@ -140,6 +142,8 @@ def cat(im: Importer, parts: Any, dim: int = 0) -> Traced:
     shape = im.result_shape
     if not isinstance(shape[axis], int):
         raise UnsupportedError("concatenating tokens")
+    if len(traced) == 1:
+        return traced[0]
     return _join(im, traced, axis)
 
 
@@ -207,6 +211,29 @@ def index(im: Importer, x: Any, indices: Any) -> Traced:
     made = im.emit("slice", x.value, axis=x.axes.index(axis), start=first,
                    stop=first + step * (len(places) - 1) + 1, step=step)
     return Traced(made, im.result_shape, x.axes)
+
+
+@lowers("aten.repeat.default")
+def repeat(im: Importer, x: Any, repeats: Any) -> Traced:
+    x = im.traced(x)
+    shape = im.result_shape
+    shift = len(shape) - len(x.shape)
+    if any(n != 1 and d != 1 for n, d in zip(repeats[shift:], x.shape)):
+        raise UnsupportedError(f"repeat of {x.type} by {repeats}")
+    return expand(im, x)
+
+
+@lowers("aten.gather.default")
+def gather(im: Importer, table: Any, axis: int, places: Any) -> Traced:
+    """Rows of a known table [1, n, width], where the places [1, tokens, width] repeat one index per token."""
+    repeated = im.node.args[2] if im.node is not None else None
+    if isinstance(repeated, torch.fx.Node) and str(repeated.target) in ("aten.repeat.default", "aten.expand.default"):
+        ids = im.env[repeated.args[0]]
+        table = im.traced(table)
+        if len(table.shape) == 3 and table.shape[0] == 1 and axis == 1 and ids.shape[-1] == 1:
+            rows = im.emit("embedding", ids.value, im.layouts.arrange(table, (1, 2)))
+            return Traced(rows, im.result_shape, (1, 2))
+    raise UnsupportedError("gather other than of one row per token")
 
 
 # Layers.

@@ -109,6 +109,22 @@ def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     return out, None
 
 
+def _experts(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    raise UnsupportedError(f"{type(module).__name__} is a mixture of experts, which inferloom does not compile yet")
+
+
+#: Module-level functions of recurrent layers; found in a model's file, they are reported by name.
+RECURRENT = ("causal_conv1d_fn", "mamba2_chunk_scan", "mamba_selective_scan", "torch_chunk_gated_delta_rule",
+             "chunk_kimi_delta_attention", "rwkv_linear_attention")
+
+
+def recurrent_functions(model: nn.Module) -> list[str]:
+    """Which functions of state-space and linear-attention layers the files of a model use."""
+    files = sorted({type(m).__module__ for m in model.modules()})
+    return [f"{file.rsplit('.', 1)[-1]}.{name}" for file in files for name in RECURRENT
+            if hasattr(sys.modules[file], name)]
+
+
 def _bloom(self: Any, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
@@ -150,7 +166,8 @@ def _falcon(self: Any, hidden_states: Tensor, alibi: Tensor | None, *args: Any, 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     slopes = None
     if self.config.alibi:
-        slopes = _get_alibi_slopes(self.num_heads, None) * self.inv_norm_factor
+        # Falcon was trained with slopes in bf16, and scales them as it scales the scores.
+        slopes = _get_alibi_slopes(self.num_heads, None).bfloat16().float() * self.inv_norm_factor
     else:
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     out = _one_sequence(q, k, v, scale=self.inv_norm_factor, alibi=slopes)
@@ -168,17 +185,19 @@ def _by_hand(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, *
     return _one_sequence(query, key, value, scale=scale, window=window).transpose(1, 2), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Stands in for builders of masks and ALiBi tensors, which the replaced attention does not read."""
+def _unread_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """A mask for models that convert it before the replaced attention ignores it."""
+    return torch.zeros(())
 
 
 Patch = tuple[str, str, Callable[..., Any]]
 
-#: Module suffix of a family -> (class, or "" for the module itself; attribute; what replaces it while tracing).
+#: Module suffix of a family -> (class, or "" for the module; attribute; what replaces it while tracing). Masks and
+#: ALiBi tensors that a family still builds are dead code then, which the importer leaves out.
 FAMILIES: dict[str, tuple[Patch, ...]] = {
-    "bloom.modeling_bloom": (("BloomAttention", "forward", _bloom), ("BloomModel", "build_alibi_tensor", _no_mask)),
-    "mpt.modeling_mpt": (("MptAttention", "forward", _mpt), ("MptModel", "build_mpt_alibi_tensor", _no_mask)),
-    "falcon.modeling_falcon": (("FalconAttention", "forward", _falcon), ("", "build_alibi_tensor", _no_mask)),
+    "bloom.modeling_bloom": (("BloomAttention", "forward", _bloom),),
+    "mpt.modeling_mpt": (("MptAttention", "forward", _mpt), ("", "create_causal_mask", _unread_mask)),
+    "falcon.modeling_falcon": (("FalconAttention", "forward", _falcon),),
     "gpt_neo.modeling_gpt_neo": (("GPTNeoSelfAttention", "_attn", _by_hand),),
     "gptj.modeling_gptj": (("GPTJAttention", "_attn", _by_hand),),
     "codegen.modeling_codegen": (("CodeGenAttention", "_attn", _by_hand),),
@@ -187,8 +206,10 @@ FAMILIES: dict[str, tuple[Patch, ...]] = {
 
 def _register() -> None:
     from transformers import AttentionInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     AttentionInterface.register(NAME, _interface)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 
 
 @contextlib.contextmanager
@@ -196,7 +217,10 @@ def installed(model: Any) -> Iterator[None]:
     """Route the attention of a transformers model to `inferloom::attention`; everything is restored on exit."""
     _register()
     undo: list[tuple[Any, str, Any]] = []
-    before = model.config._attn_implementation
+    if recurrent := recurrent_functions(model):
+        raise UnsupportedError(f"{type(model).__name__} has state-space or linear-attention layers, which inferloom "
+                               f"does not compile yet: {', '.join(recurrent)}")
+    before = model.config._attn_implementation, model.config._experts_implementation
     files = {type(m).__module__ for m in model.modules()}
     try:
         for suffix, patches in FAMILIES.items():
@@ -207,20 +231,21 @@ def installed(model: Any) -> Iterator[None]:
                     owner = getattr(sys.modules[name], owner_name) if owner_name else sys.modules[name]
                     undo.append((owner, attribute, vars(owner)[attribute]))
                     setattr(owner, attribute, new)
-        _set_implementation(model, NAME)
+        _set_implementation(model, NAME, NAME)
         yield
     finally:
         for owner, attribute, old in reversed(undo):
             setattr(owner, attribute, old)
-        _set_implementation(model, before)
+        _set_implementation(model, *before)
 
 
-def _set_implementation(model: Any, name: str | None) -> None:
+def _set_implementation(model: Any, attention: str | None, experts: str | None) -> None:
     """As `set_attn_implementation`, which refuses families that do not declare support for other back ends."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = name
+            config._attn_implementation_internal = attention
+            config._experts_implementation_internal = experts
 
 
 @contextlib.contextmanager
