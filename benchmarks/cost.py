@@ -1,0 +1,51 @@
+"""What a step must read and compute at least, from the artifact alone."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """`bytes`: weights that a step reads whole. FLOPs: for each token, and for each row of logits."""
+
+    bytes: int
+    flops_per_token: int
+    flops_per_row: int
+
+
+def step_cost(artifact: Path) -> Cost:
+    """Adds up the weights of matmul kernels; embeddings are gathered row by row and count as nothing."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    tensors = _tensors(artifact / manifest["weights"]["file"])
+    itemsize = {"fp32": 4, "bf16": 2}[manifest["model"]["dtype"]]
+    read: dict[int, int] = {}
+    per_token = per_row = 0
+    for call in manifest["plan"]:
+        kernel: dict[str, Any] = manifest["kernels"][call["kernel"]]
+        if kernel["kind"] != "matmul":
+            continue
+        offsets = {arg["offset"] for arg in call["args"] if arg["space"] == "weights"}
+        sizes = {offset: tensors[offset] for offset in offsets if offset in tensors}
+        read |= sizes
+        flops = 2 * sum(size // itemsize for size in sizes.values())
+        if kernel["grid"]["dim"] == 2:
+            per_row += flops
+        else:
+            per_token += flops
+    return Cost(sum(read.values()), per_token, per_row)
+
+
+def _tensors(file: Path) -> dict[int, int]:
+    """Bytes of each tensor by its offset in the data section."""
+    with open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return {entry["data_offsets"][0]: entry["data_offsets"][1] - entry["data_offsets"][0]
+            for name, entry in header.items() if name != "__metadata__"}

@@ -1,0 +1,88 @@
+"""What this machine is, what it can do at most right now, and who else is using it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from inferloom.cache import cache_dir
+from inferloom.errors import InferloomError, MissingExtraError
+
+SOURCE = Path(__file__).with_name("ceilings.c")
+
+
+def ceilings(threads: int) -> dict[str, float]:
+    """Best of a few short probes, about a second: read bandwidth in GB/s, arithmetic peaks in GFLOP/s."""
+    done = subprocess.run([str(_probe()), "quick", str(threads)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InferloomError(f"the ceilings probe failed ({done.returncode}): {done.stderr.strip()}")
+    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+
+
+def _probe() -> Path:
+    """The compiled probe, built once for each version of its source and kept in the cache."""
+    if not SOURCE.is_file():
+        raise InferloomError(f"{SOURCE} is missing, so the ceilings cannot be measured; use --no-ceilings")
+    key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    built = cache_dir() / f"ceilings-{platform.machine()}-{key}"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        temporary = built.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*_c_compiler(), "-O2", "-march=native", "-pthread", str(SOURCE), "-o", str(temporary)],
+                              capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise InferloomError(f"compiling {SOURCE} failed:\n{done.stderr.strip()}")
+        temporary.replace(built)
+    return built
+
+
+def _c_compiler() -> list[str]:
+    if find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc"]
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise MissingExtraError("measuring ceilings needs a C compiler; run: pip install 'inferloom[compile]', or use "
+                            "--no-ceilings")
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, memory, system and Python."""
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.machine())
+    total = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+                 if line.startswith("MemTotal"))
+    return {"cpu": model, "cores": os.cpu_count(), "memory": total, "system": platform.platform(),
+            "python": platform.python_version()}
+
+
+class Timed:
+    """Times a block, and says which share of the machine other processes used meanwhile."""
+
+    def __enter__(self) -> Timed:
+        self._busy, self._own, self._start = _machine_seconds(), _own_seconds(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start
+        others = (_machine_seconds() - self._busy) - (_own_seconds() - self._own)
+        self.others = max(0.0, others) / (self.seconds * (os.cpu_count() or 1))
+
+
+def _machine_seconds() -> float:
+    """Seconds, over all cores, that were not idle since boot (stolen ones too)."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    return sum(os.times()[:4])
