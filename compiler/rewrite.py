@@ -9,6 +9,7 @@ A name that occurs twice must stand for the same value. Operands of commutative 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -115,11 +116,12 @@ def _bind(name: str, value: Value, bound: Bindings) -> Iterator[Bindings]:
 class Rewriter:
     """A graph under construction, where rules can look at what made a value.
 
-    `emit` and `scalar` add nodes. Nodes of parameters and constants alone are `constant`.
+    `reads` counts how often the old graph read what a value stands for.
     """
 
     builder: Builder
     constants: set[Value] = field(default_factory=set)
+    reads: dict[Value, int] = field(default_factory=dict)
     _made: dict[Value, Node] = field(default_factory=dict)
     _seen: int = 0
 
@@ -144,6 +146,10 @@ class Rewriter:
     def emit(self, op: str, *operands: Value | None, loc: str = "", **attrs: ops.Attr) -> Value:
         """Add a node with one result."""
         return self.builder.emit(op, *operands, loc=loc, **attrs)
+
+    def read_once(self, value: Value) -> bool:
+        """Whether nothing else reads a value that some node reads (values made by rules count as such)."""
+        return self.reads.get(value, 1) <= 1
 
     def match(self, pattern: Pattern, value: Value) -> Bindings | None:
         return match(pattern, value, self.producer)
@@ -170,6 +176,8 @@ def apply_rules(graph: Graph, rules: Iterable[Rule]) -> Graph:
     rewriter = Rewriter(builder)
     mapped: dict[Value, Value] = {v: v for v in (*graph.inputs, *(p.value for p in graph.params))}
     changed = False
+    counts = Counter(v for n in graph.nodes for v in n.operands if v is not None)
+    counts.update(graph.outputs)
     for node in graph.nodes:
         made = builder.copy(node, [None if v is None else mapped[v] for v in node.operands])
         results = list(made.results)
@@ -182,6 +190,8 @@ def apply_rules(graph: Graph, rules: Iterable[Rule]) -> Graph:
             results = [replaced]
             current = rewriter.producer(replaced)
         mapped.update(zip(node.results, results, strict=True))
+        for old, new in zip(node.results, results):
+            rewriter.reads[new] = max(counts[old], rewriter.reads.get(new, 0))
     if not changed:
         return graph
     return drop_dead_nodes(builder.finish(mapped[v] for v in graph.outputs))

@@ -95,7 +95,8 @@ def _pairs(r: Rewriter, node: Node) -> Value | None:
     if node.op == "permute":
         first, second = _ints(inner, "axes"), _ints(node, "axes")
         return r.emit("permute", x, loc=node.loc, axes=tuple(first[a] for a in second))
-    if node.op == "slice" and node.attrs["axis"] == inner.attrs["axis"]:
+    # A value that others read too is worth keeping: patterns look for it.
+    if node.op == "slice" and node.attrs["axis"] == inner.attrs["axis"] and r.read_once(inner.result):
         start, step = _int(inner, "start"), _int(inner, "step")
         count = _int(node, "stop") - _int(node, "start")
         begin = start + _int(node, "start") * step

@@ -73,10 +73,11 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
 
     def rotation(r: Rewriter, node: Node) -> Value | None:
         shape = tensor(node.result).shape if node.results else ()
-        if node.op not in _ROOTS or len(shape) != 3 or not isinstance(shape[0], Sym) or not _even(shape[2]):
+        if node.op not in _ROOTS or len(shape) not in (2, 3) or not isinstance(shape[0], Sym) or not _even(shape[-1]):
             return None
+        heads = (shape[0], 1, shape[1]) if len(shape) == 2 else shape  # a single head may have lost its axis
         for x in _candidates(r, node):
-            found = _rotation(Elements(x, r.producer).of(node.result), Leaf("", x), shape[1:])
+            found = _rotation(Elements(x, r.producer).of(node.result), Leaf("", x), heads[1:])
             if found is None:
                 continue
             cos, sin = (_emit_table(r, t, node, tables) for t in (found.cos, found.sin))
@@ -84,7 +85,11 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
                 report.skipped("rotary embedding", "its tables are not regular columns of a per-token value", node.loc)
                 continue
             report.fused(f"rotary embedding ({'interleaved' if found.interleaved else 'half'})", node.loc)
-            return r.emit("rotary", x, cos, sin, loc=node.loc, interleaved=found.interleaved)
+            if heads is shape:
+                return r.emit("rotary", x, cos, sin, loc=node.loc, interleaved=found.interleaved)
+            x = r.emit("reshape", x, loc=node.loc, shape=heads)
+            turned = r.emit("rotary", x, cos, sin, loc=node.loc, interleaved=found.interleaved)
+            return r.emit("reshape", turned, loc=node.loc, shape=shape)
         return None
 
     def partial(r: Rewriter, node: Node) -> Value | None:
