@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	&& { echo $$p; break; }; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-FOLDERS := ir compiler targets runtime models
+FOLDERS := ir compiler targets runtime models benchmarks
 PROMPT ?= def read_lines(path):
 
 .DEFAULT_GOAL := help

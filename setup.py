@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("ir", "compiler", "targets", "runtime", "models")
+FOLDERS = ("ir", "compiler", "targets", "runtime", "models", "benchmarks")
 
 setup(
     packages=["inferloom", *find_packages(".", include=["inferloom.*"]),

@@ -56,3 +56,11 @@ def parse_bytes(text: str) -> int:
     number, unit, binary = match.groups()
     step = 1024 if binary or (unit and not text.lower().rstrip().endswith("b")) else 1000
     return int(float(number) * step ** " kmgt".index(unit or " "))
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """`1,4,16` as numbers. Raises `UsageError`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"{text!r} is not a list of counts; write for example 1,4,16")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,161 @@
+"""Engine-level speed of one artifact, as ratios to ceilings that are measured in the same run.
+
+`inferloom bench DIR` runs this. Prompts are random tokens, all different (no prefix is ever found in the cache),
+decoding is greedy and does not stop at end tokens. Each metric is a median; the ceilings are probed before and
+after each metric, since other users of a machine change what it can give.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inferloom.benchmarks.cost import step_cost
+from inferloom.benchmarks.machine import Timed, ceilings, describe
+from inferloom.errors import InferloomError
+
+PROMPT, NEW, PREFILL = 128, 128, 512
+_FRESH = """
+import json, resource, sys, time
+start = time.perf_counter()
+from inferloom.runtime.llm import LLM
+from inferloom.runtime.params import SamplingParams
+llm = LLM(sys.argv[1], **json.loads(sys.argv[3]))
+loaded = time.perf_counter()
+llm.generate([json.loads(sys.argv[2])], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+print(json.dumps({"import_and_load": loaded - start, "first_token": time.perf_counter() - loaded,
+                  "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A measured value: the median of `runs`; `others` is the largest share of the machine others used."""
+
+    name: str
+    unit: str
+    value: float
+    runs: tuple[float, ...]
+    others: float
+    ceilings: dict[str, float]
+    ratio: float | None = None
+    ratio_is: str = ""
+
+
+def bench(artifact: Path, threads: int, runs: int = 3, batches: tuple[int, ...] = (1, 4, 16),
+          with_ceilings: bool = True, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure `artifact`; returns one JSON-able report. Raises `InferloomError` where a probe cannot run."""
+    return _Bench(artifact, threads, runs, with_ceilings, progress).report(batches)
+
+
+class _Bench:
+    def __init__(self, artifact: Path, threads: int, runs: int, with_ceilings: bool,
+                 progress: Callable[[str], None]) -> None:
+        self.artifact, self.threads, self.runs, self.progress = artifact, threads, runs, progress
+        self.with_ceilings = with_ceilings
+        self.manifest = json.loads((artifact / "manifest.json").read_text())
+        self.cost = step_cost(artifact)
+        self.random = random.Random(0)
+        self.metrics: list[Metric] = []
+
+    def report(self, batches: tuple[int, ...]) -> dict[str, Any]:
+        from inferloom.runtime.llm import LLM
+        from inferloom.runtime.params import SamplingParams
+
+        limit = self.manifest["model"]["max_model_len"]
+        if limit < PROMPT + NEW:
+            raise InferloomError(f"bench needs {PROMPT + NEW} tokens of context; this artifact was compiled for {limit}")
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._fresh_process()
+        llm = LLM(self.artifact, threads=self.threads)
+
+        def generate(count: int, prompt: int, new: int) -> tuple[float, float]:
+            """Seconds, and the share of the machine that others used."""
+            prompts = [self._prompt(prompt) for _ in range(count)]
+            with Timed() as timed:
+                made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+            if any(len(m.outputs[0].token_ids) != new for m in made):
+                raise InferloomError("a request ended early")
+            return timed.seconds, timed.others
+
+        generate(1, PROMPT, 4)
+        for batch in batches:
+            def decode(batch: int = batch) -> tuple[float, float]:
+                one, _ = generate(batch, PROMPT, 1)
+                many, others = generate(batch, PROMPT, NEW)
+                return batch * (NEW - 1) / (many - one), others
+
+            self._measure(f"decode_{batch}", "tok/s", decode, lambda value, ceil, b=batch: self._decode_ratio(value, ceil, b))
+        length = min(PREFILL, limit - 1)
+
+        def prefill() -> tuple[float, float]:
+            seconds, others = generate(1, length, 1)
+            return length / seconds, others
+
+        self._measure(f"prefill_{length}", "tok/s", prefill, self._prefill_ratio)
+        llm.close()
+        return {"artifact": self.artifact.name, "model": self.manifest["model"], "chip": self.manifest["chip"],
+                "versions": self.manifest["versions"], "machine": describe(), "threads": self.threads,
+                "time": started, "weight_bytes_per_step": self.cost.bytes, "flops_per_token": self.cost.flops_per_token,
+                "metrics": [{name: getattr(m, name) for name in Metric.__slots__} for m in self.metrics]}
+
+    def _prompt(self, length: int) -> list[int]:
+        return [self.random.randrange(3, self.manifest["model"]["vocab_size"]) for _ in range(length)]
+
+    def _fresh_process(self) -> None:
+        """Load to first token, and peak memory, of a process that does nothing else."""
+        loads, sizes = [], []
+        for _ in range(self.runs):
+            options = json.dumps({"threads": self.threads})
+            done = subprocess.run([sys.executable, "-c", _FRESH, str(self.artifact), json.dumps(self._prompt(16)), options],
+                                  capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise InferloomError(f"a fresh process could not run the artifact:\n{done.stderr.strip()}")
+            got = json.loads(done.stdout.splitlines()[-1])
+            loads.append(got["import_and_load"] + got["first_token"])
+            sizes.append(got["rss"])
+        self._add(Metric("load_to_first_token", "s", statistics.median(loads), tuple(loads), 0.0, {}))
+        self._add(Metric("peak_rss", "bytes", statistics.median(sizes), tuple(sizes), 0.0, {}))
+
+    def _measure(self, name: str, unit: str, once: Callable[[], tuple[float, float]],
+                 ratio: Callable[[float, dict[str, float]], tuple[float, str]]) -> None:
+        before = ceilings(self.threads) if self.with_ceilings else {}
+        got = [once() for _ in range(self.runs)]
+        after = ceilings(self.threads) if self.with_ceilings else {}
+        ceiling = {key: (before[key] + after[key]) / 2 for key in before}
+        value = statistics.median(v for v, _ in got)
+        share, meaning = ratio(value, ceiling) if ceiling else (None, "")
+        self._add(Metric(name, unit, value, tuple(v for v, _ in got), max(o for _, o in got), ceiling, share, meaning))
+
+    def _add(self, metric: Metric) -> None:
+        self.metrics.append(metric)
+        share = f", {metric.ratio:.0%} of {metric.ratio_is}" if metric.ratio is not None else ""
+        self.progress(f"{metric.name}: {metric.value:.4g} {metric.unit}{share}")
+
+    def _decode_ratio(self, value: float, ceiling: dict[str, float], batch: int) -> tuple[float, str]:
+        """Against the roofline: a step takes at least its reading time, and at least its computing time."""
+        reading = self.cost.bytes / (_bandwidth(ceiling) * 1e9)
+        computing = batch * (self.cost.flops_per_token + self.cost.flops_per_row) / (self._peak(ceiling) * 1e9)
+        bound = "read bandwidth" if reading >= computing else "arithmetic peak"
+        return value / batch * max(reading, computing), bound
+
+    def _prefill_ratio(self, value: float, ceiling: dict[str, float]) -> tuple[float, str]:
+        return value * self.cost.flops_per_token / (self._peak(ceiling) * 1e9), "arithmetic peak"
+
+    def _peak(self, ceiling: dict[str, float]) -> float:
+        """GFLOP/s of the arithmetic that this artifact's matmuls use."""
+        dot = self.manifest["model"]["dtype"] == "bf16" and "avx512_bf16" in self.manifest["chip"]["features"]
+        return ceiling["bf16" if dot and "bf16" in ceiling else "fp32"]
+
+
+def _bandwidth(ceiling: dict[str, float]) -> float:
+    """GB/s of reading from 4 KiB pages, which is what a mapped file has."""
+    return ceiling["bw_4k"]
