@@ -50,6 +50,7 @@ class OpDef:
     name: str
     doc: str
     operands: tuple[inspect.Parameter, ...]
+    operand_types: Mapping[str, Any]
     attrs: Mapping[str, inspect.Parameter]
     attr_types: Mapping[str, Any]
     infer: Callable[..., Any]
@@ -117,9 +118,9 @@ def op(name: str, *, tolerance: Tolerance = Tolerance(), levels: Sequence[str] =
         params = inspect.signature(infer_fn).parameters.values()
         hints = typing.get_type_hints(infer_fn, vars(inspect.getmodule(cls)) | _HINT_SCOPE)
         attrs = {p.name: p for p in params if p.kind is p.KEYWORD_ONLY}
-        _OPS[name] = OpDef(name, inspect.getdoc(cls) or "", tuple(p for p in params if p.kind is not p.KEYWORD_ONLY),
-                           attrs, {k: hints[k] for k in attrs}, infer_fn, reference, tolerance, tuple(levels),
-                           pointwise, foldable)
+        operands = tuple(p for p in params if p.kind is not p.KEYWORD_ONLY)
+        _OPS[name] = OpDef(name, inspect.getdoc(cls) or "", operands, {p.name: hints[p.name] for p in operands}, attrs, {k: hints[k] for k in attrs}, infer_fn, reference, tolerance, tuple(levels), pointwise,
+                           foldable)
         return cls
 
     return declare
@@ -158,9 +159,13 @@ def infer(name: str, operands: Sequence[Type | None], attrs: Mapping[str, Attr],
     repeated = any(p.kind is p.VAR_POSITIONAL for p in declared.operands)
     if len(operands) < required or (len(operands) > len(declared.operands) and not repeated):
         raise VerifyError(f"{where}: takes {required} to {len(declared.operands)} operands, got {len(operands)}")
-    for param, value in zip(declared.operands, operands, strict=False):
+    for i, value in enumerate(operands):
+        param = declared.operands[min(i, len(declared.operands) - 1)]
         if value is None and param.default is not None:
             raise VerifyError(f"{where}: operand {param.name} is required")
+        if not _is_a(value, declared.operand_types[param.name]):
+            wanted = "state" if declared.operand_types[param.name] is StateType else "a tensor"
+            raise VerifyError(f"{where}: operand {param.name} must be {wanted}")
     try:
         made = declared.infer(*operands, **attrs)
     except VerifyError as error:

@@ -32,7 +32,7 @@ class KVArrays:
 def _qkv(q: TensorType, heads: Any, k_dim: Any) -> None:
     if q.rank != 3 or q.shape[2] != k_dim:
         raise VerifyError(f"q must be [tokens, heads, {k_dim}], got {q}")
-    if not isinstance(q.shape[1], int) or q.shape[1] % heads:
+    if not isinstance(q.shape[1], int) or not isinstance(heads, int) or heads < 1 or q.shape[1] % heads:
         raise VerifyError(f"{q.shape[1]} query heads do not share {heads} key heads")
 
 

@@ -18,9 +18,11 @@ class PackLinear:
     """
 
     def infer(weight: TensorType, *, tile: int, pair: int, k_multiple: int) -> TensorType:  # type: ignore[misc]
-        n, k = weight.shape
-        if not isinstance(n, int) or not isinstance(k, int):
-            raise VerifyError("weight must be static")
+        if weight.rank != 2 or not weight.is_static:
+            raise VerifyError(f"weight must be static [n, k], got {weight}")
+        if min(tile, pair, k_multiple) < 1 or k_multiple % pair:
+            raise VerifyError("tile, pair and k_multiple must be positive, k_multiple a multiple of pair")
+        n, k = (int(str(d)) for d in weight.shape)
         return weight.with_shape((-(-n // tile), -(-k // k_multiple) * k_multiple // pair, tile, pair))
 
     def reference(weight, *, tile, pair, k_multiple):  # type: ignore[no-untyped-def, misc]
@@ -38,7 +40,7 @@ class Interleave:
     """Rows of a and b [n, ...] in turns of `group`: a[:group], b[:group], a[group:2*group], ..."""
 
     def infer(a: TensorType, b: TensorType, *, group: int) -> TensorType:  # type: ignore[misc]
-        if a != b or not isinstance(a.shape[0], int) or a.shape[0] % group:
+        if a != b or a.rank < 1 or not isinstance(a.shape[0], int) or group < 1 or a.shape[0] % group:
             raise VerifyError(f"a and b must be equal and a multiple of {group} rows")
         return a.with_shape((2 * a.shape[0], *a.shape[1:]))
 

@@ -89,7 +89,7 @@ class Rotary:
     """
 
     def infer(x: TensorType, cos: TensorType, sin: TensorType, *, interleaved: bool = False) -> TensorType:  # type: ignore[misc]
-        half = cos.shape[-1]
+        half = cos.shape[-1] if cos.rank else None
         if x.rank != 3 or cos != sin or cos.rank != 2 or not isinstance(half, int) or not isinstance(x.shape[2], int):
             raise VerifyError("needs x [tokens, heads, dim] and cos, sin [tokens, r/2]")
         if 2 * half > x.shape[2] or x.shape[0] != cos.shape[0]:
@@ -126,7 +126,7 @@ class PackedLinear:
 
     def infer(x: TensorType, packed: TensorType, bias: TensorType | None = None, *, n: int, k: int) -> TensorType:  # type: ignore[misc]
         _check_packed(packed, n, k)
-        if x.shape[-1] != k or x.dtype is not packed.dtype:
+        if x.shape[-1:] != (k,) or x.dtype is not packed.dtype:
             raise VerifyError("x must have k columns and the weight's element type")
         if bias is not None and bias.shape != (n,):
             raise VerifyError("bias must have n elements")

@@ -84,6 +84,8 @@ class Concat:
     """Join along one static axis."""
 
     def infer(*parts: TensorType, axis: int) -> TensorType:  # type: ignore[misc]
+        if not parts:
+            raise VerifyError("needs at least one operand")
         first = parts[0]
         _axis(first, axis)
         for part in parts[1:]:
@@ -109,6 +111,8 @@ class Expand:
         for have, want in zip(reversed(x.shape), reversed(shape), strict=False):
             if have not in (1, want):
                 raise VerifyError(f"cannot expand to [{','.join(map(str, shape))}]")
+        if any(not isinstance(d, int) and d not in x.shape for d in shape):
+            raise VerifyError("a symbolic dim must be the operand's own: its size is not known otherwise")
         return x.with_shape(shape)
 
     def reference(x, *, shape):  # type: ignore[no-untyped-def, misc]
