@@ -53,10 +53,10 @@ lint: $(INSTALLED)
 	@$(MAKE) --no-print-directory check-docs
 
 docs: $(INSTALLED)
-	@$(BIN)/python -m inferloom.docs
+	@$(BIN)/python -m inferloom.ir.docs docs/ops.md
 
 check-docs: $(INSTALLED)
-	@echo "==> generated docs"; $(BIN)/python -m inferloom.docs --check
+	@echo "==> generated docs"; $(BIN)/python -m inferloom.ir.docs --check docs/ops.md
 
 unit: $(INSTALLED)
 	@echo "==> tests"; $(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu"

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class _Bench:
                 many, others = generate(batch, PROMPT, NEW)
                 return batch * (NEW - 1) / (many - one), others
 
-            self._measure(f"decode_{batch}", "tok/s", decode, lambda value, ceil, b=batch: self._decode_ratio(value, ceil, b))
+            self._measure(f"decode_{batch}", "tok/s", decode, partial(self._decode_ratio, batch))
         length = min(PREFILL, limit - 1)
 
         def prefill() -> tuple[float, float]:
@@ -140,7 +141,7 @@ class _Bench:
         share = f", {metric.ratio:.0%} of {metric.ratio_is}" if metric.ratio is not None else ""
         self.progress(f"{metric.name}: {metric.value:.4g} {metric.unit}{share}")
 
-    def _decode_ratio(self, value: float, ceiling: dict[str, float], batch: int) -> tuple[float, str]:
+    def _decode_ratio(self, batch: int, value: float, ceiling: dict[str, float]) -> tuple[float, str]:
         """Against the roofline: a step takes at least its reading time, and at least its computing time."""
         reading = self.cost.bytes / (_bandwidth(ceiling) * 1e9)
         computing = batch * (self.cost.flops_per_token + self.cost.flops_per_row) / (self._peak(ceiling) * 1e9)
