@@ -54,3 +54,13 @@ def test_block(kind: str, text: str, folder: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     broken = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert broken == []
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_example(example: Path, demo_bf16: Path, tmp_path: Path) -> None:
+    assert run([sys.executable, str(example), str(demo_bf16)], tmp_path).strip()
+
+
+def test_examples_are_listed() -> None:
+    listed = set(re.findall(r"`(\w+\.py)`", (ROOT / "examples" / "README.md").read_text()))
+    assert listed == {p.name for p in (ROOT / "examples").glob("*.py")}
