@@ -1,0 +1,87 @@
+"""Chips as data (chips.toml), and which of them the host is."""
+
+from __future__ import annotations
+
+import platform
+import tomllib
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from inferloom.ir.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """One entry of chips.toml; see the comments there. All CPUs share this description."""
+
+    name: str
+    description: str
+    mcpu: str
+    triple: str
+    llvm_triple: str
+    requires: tuple[str, ...]
+    matmul_rows: int
+    matmul_vectors: int
+    matmul_k_slice: int
+    bf16_dot: bool
+    mattr: tuple[str, ...] = ()
+    mabi: str = ""
+
+    @property
+    def arch(self) -> str:
+        """Machine name as `platform.machine()` says it."""
+        return self.triple.split("-")[0]
+
+    @property
+    def tvm_target(self) -> dict[str, Any]:
+        """The target as TVM's LLVM backend takes it."""
+        target: dict[str, Any] = {"kind": "llvm", "mtriple": self.llvm_triple, "mcpu": self.mcpu}
+        if self.mattr:
+            target["mattr"] = list(self.mattr)
+        if self.mabi:
+            target["mabi"] = self.mabi
+        return target
+
+
+@cache
+def chips() -> dict[str, Chip]:
+    """Every known chip by name, from the most general of a family to the most capable."""
+    data = tomllib.loads(Path(__file__).with_name("chips.toml").read_text())
+    known = {f.name for f in fields(Chip)}
+    table = {}
+    for name, entry in data.items():
+        unknown = set(entry) - known
+        if unknown:
+            raise UnsupportedError(f"chips.toml: chip {name} has unknown keys {sorted(unknown)}")
+        entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        table[name] = Chip(name=name, **entry)
+    return table
+
+
+def host_features() -> frozenset[str]:
+    """CPU flags of this machine, as Linux names them."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features", "isa"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def host() -> Chip:
+    """The most capable known chip that this machine satisfies."""
+    machine, features = platform.machine(), host_features()
+    fitting = [c for c in chips().values() if c.arch == machine and features.issuperset(c.requires)]
+    if not fitting:
+        raise UnsupportedError(f"no known chip describes this {machine} machine; `inferloom chips` lists them")
+    return fitting[-1]
+
+
+def find(name: str) -> Chip:
+    """The chip called `name`; "cpu" is this machine. UnsupportedError lists the choices."""
+    if name == "cpu":
+        return host()
+    if name not in chips():
+        raise UnsupportedError(f"no chip is called {name!r}; choose from: cpu, {', '.join(chips())}")
+    return chips()[name]

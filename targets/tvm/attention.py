@@ -1,0 +1,255 @@
+"""Paged attention for mixed prefill and decode, with the variant's scalar expressions inlined.
+
+A chunk is one tile of up to 16 query tokens of a sequence, for one key-value head. Within it, a few query rows
+(tokens x the head's group) walk over the 16-token tiles of the cache together, with an online softmax a row.
+Tiles are visited in order from the first that any of the rows may see; a masked key has probability exactly 0 and
+leaves a row's sums as they were, bit for bit, so results do not depend on tiling, chunking or batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from inferloom.ir import expr as scalar
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Graph, Value
+from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.targets.base import Grid, KernelSource
+from inferloom.targets.tvm import vmath
+from inferloom.targets.tvm.emit import LANES, bind, f32, kernel, lane_of, number, scratch, splat, store, wide
+from inferloom.targets.tvm.isa import CpuIsa
+from inferloom.targets.tvm.rows import storage
+from inferloom.targets.tvm.rowvalue import tree
+
+Expr = Any
+KEYS = 16
+MAX_ROWS = 8
+LOWEST = -1e30
+
+
+def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
+    """The PrimFunc of an "attention" kernel, its grid, and its arguments (the step input q_tiles by name)."""
+    body = source.node.attrs["body"]
+    if not isinstance(body, Graph):
+        raise TypeError(body)
+    made = _Attention(body, source, isa)
+    fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
+    return fn, Grid(3, 1, made.state.heads), tuple(a for a, _ in made.signature)
+
+
+class _Attention:
+    def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
+        self.isa = isa
+        (self.node,) = (n for n in body.nodes if n.op == "paged_attention")
+        for node in body.nodes:
+            if node.op not in ("paged_attention", "reshape", "cast"):
+                raise UnsupportedError(f"{node.loc}: {node.op} cannot follow attention in one kernel")
+        q, state, starts, lens, tables, *extra = (_value(v) for v in self.node.operands)
+        if not isinstance(state.type, StateType) or not isinstance(q.type, TensorType):
+            raise TypeError(state)
+        self.state, self.q_type = state.type, q.type
+        self.heads = int(str(q.type.shape[1]))
+        self.group = self.heads // self.state.heads
+        self.pair = 2 if self.state.dtype is DType.BF16 else 1
+        if self.state.k_dim % self.pair:
+            raise UnsupportedError(f"{self.node.loc}: a bf16 cache needs an even head size, not {self.state.k_dim}")
+        inputs = [body.inputs.index(v) for v in (q, state, starts, lens, tables, *extra)]
+        (self.out,) = body.outputs
+        types = ["int32" if self.pair == 2 else "float32", "uint16" if self.pair == 2 else "float32",
+                 "int32", "int32", "int32", *(storage(v) for v in extra)]
+        self.signature: list[tuple[int | str, str]] = list(zip(inputs, types, strict=True))
+        self.signature += [(len(body.inputs), storage(self.out)), ("q_tiles", "int32")]
+        if self.pair == 2:  # keys are read as pairs, values as single elements
+            self.signature.append((inputs[1], "int32"))
+        self.ldq = source.layouts[inputs[0]].ld // self.pair
+        self.ldo = source.layouts[len(body.inputs)].ld
+        self.columns = int(str(tables.type.shape[1])) if isinstance(tables.type, TensorType) else 0
+        self.stride = source.layouts[inputs[1]].block_stride // self.state.dtype.itemsize
+        self.extra = len(extra)
+        self.tokens = max(1, MAX_ROWS // self.group)
+
+    def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
+        self.q, self.pool, starts, lens, self.tables = views[:5]
+        self.extras, self.result, tiles = views[5:5 + self.extra], views[5 + self.extra], views[6 + self.extra]
+        self.keys = views[7 + self.extra] if self.pair == 2 else self.pool
+        heads = self.state.heads
+        work, head = bind(chunk // heads), bind(chunk % heads)
+        seq, first, count = (bind(tiles[work * 3 + i]) for i in range(3))
+        position = bind(lens[seq] - starts[seq + 1] + first)  # of the tile's first token
+        with T.serial(0, (count + (self.tokens - 1)) // self.tokens) as block:
+            self._rows(seq, head, first, position, bind(block * self.tokens), count)
+
+    def _rows(self, seq: Expr, head: Expr, first: Expr, position: Expr, begin: Expr, count: Expr) -> None:
+        """Attention of `tokens` tokens from `begin` of the tile, for all query heads of the group."""
+        state, group = self.state, self.group
+        rows = self.tokens * group
+        dv, dk = state.v_dim, state.k_dim // self.pair
+        lanes = gcd(dv, LANES)
+        out, top, total = scratch(rows * dv), scratch(rows), scratch(rows * LANES)
+        probs, decay = scratch(rows * KEYS), scratch(rows)
+        # A block that sticks out of the tile repeats its last token, which writes the same values again.
+        offsets = [bind(T.min(begin + t, count - 1)) for t in range(self.tokens)]
+        where = [bind(position + o) for o in offsets]
+        sink = int(str(self.node.attrs["sink"]))
+        for r in range(rows):
+            q_head = head * group + r % group
+            start = self.extras[sink][q_head] if sink >= 0 else T.float32(LOWEST)
+            store(top, start, T.int32(r), 1)
+            store(total, number(0.0, LANES), T.int32(r * LANES), LANES)
+            if sink >= 0:
+                store(total, T.float32(1.0), T.int32(r * LANES), 1)
+        with T.serial(0, rows * dv // lanes) as i:
+            store(out, number(0.0, lanes), i * lanes, lanes)
+        lowest = bind(tree([self._scalar("first", w) for w in where], T.min) // KEYS)
+        highest = bind(where[-1] // KEYS + 1)
+        with T.serial(0, highest - lowest) as step:
+            tile = bind(lowest + step)
+            per_block = state.block_tokens // KEYS
+            blockid = bind(self.tables[seq * self.columns + tile // per_block])
+            base = bind(wide(blockid) * self.stride
+                        + wide((head * per_block + tile % per_block) * (KEYS * (state.k_dim + dv))))
+            self._scores(rows, dk, base, head, first, offsets, where, tile, top, total, probs, decay)
+            self._values(rows, dv, lanes, bind(base + KEYS * state.k_dim), probs, decay, out)
+        for r in range(rows):
+            token = first + offsets[r // group]
+            parts = [total[r * LANES + i] for i in range(LANES)]
+            inverse = bind(T.float32(1.0) / tree(parts, lambda a, b: a + b))
+            target = bind(token * self.ldo + (head * group + r % group) * dv)
+            with T.serial(0, dv // lanes) as i:
+                y = out[lane_of(r * dv + i * lanes, lanes)] * splat(inverse, lanes)
+                if isinstance(self.out.type, TensorType) and self.out.type.dtype is DType.BF16:
+                    y = vmath.f32_to_bf16(y, lanes)
+                store(self.result, y, target + i * lanes, lanes)
+
+    def _scores(self, rows: int, dk: int, base: Expr, head: Expr, first: Expr, offsets: list[Expr],
+                where: list[Expr], tile: Expr, top: Expr, total: Expr, probs: Expr, decay: Expr) -> None:
+        """Scores of one tile of keys for all rows, and the step of their online softmax."""
+        acc = scratch(rows * KEYS)
+        for r in range(rows):
+            store(acc, number(0.0, KEYS), T.int32(r * KEYS), KEYS)
+        keys = bind(base // self.pair)
+        queries = [bind((first + offsets[r // self.group]) * self.ldq + (head * self.group + r % self.group) * dk)
+                   for r in range(rows)]
+        unroll = gcd(dk, 4)
+        with T.serial(0, dk // unroll) as d4:
+            for u in range(unroll):
+                d = d4 * unroll + u
+                k = bind(self.keys[T.ramp(keys + wide(d * KEYS), 1, KEYS)])
+                for r in range(rows):
+                    q = splat(self.q[queries[r] + d], KEYS)
+                    made = acc[lane_of(T.int32(r * KEYS), KEYS)]
+                    made = self.isa.dot_pair(made, q, k) if self.pair == 2 else vmath.fma(q, k, made, KEYS)
+                    store(acc, made, T.int32(r * KEYS), KEYS)
+        scale = float(str(self.node.attrs["scale"]))
+        k_pos = bind(T.ramp(tile * KEYS, 1, KEYS))
+        for r in range(rows):
+            env = {"score": bind(acc[lane_of(T.int32(r * KEYS), KEYS)] * number(scale, KEYS)),
+                   "q_pos": splat(where[r // self.group], KEYS), "k_pos": k_pos,
+                   "head": splat(head * self.group + r % self.group, KEYS)}
+            seen = self._vector("visible", env)
+            score = bind(T.Select(seen, _float(self._vector("score", env), KEYS), number(LOWEST, KEYS)))
+            lowered = scratch(KEYS)
+            store(lowered, score, T.int32(0), KEYS)
+            old = bind(top[r])
+            new = bind(T.max(old, tree([lowered[i] for i in range(KEYS)], T.max)))
+            shrink = bind(vmath.exp(old - new, 1))
+            p = bind(T.Select(seen, vmath.exp(score - splat(new, KEYS), KEYS), number(0.0, KEYS)))
+            at = T.int32(r * LANES)
+            store(total, total[lane_of(at, LANES)] * splat(shrink, LANES) + p, at, LANES)
+            store(top, new, T.int32(r), 1)
+            store(decay, shrink, T.int32(r), 1)
+            store(probs, p, T.int32(r * KEYS), KEYS)
+
+    def _values(self, rows: int, dv: int, lanes: int, base: Expr, probs: Expr, decay: Expr, out: Expr) -> None:
+        """out = out * decay + probs @ values of one tile, with a column block of all rows in registers."""
+        with T.serial(0, dv // lanes) as c:
+            column = bind(c * lanes)
+            acc = scratch(rows * lanes)
+            for r in range(rows):
+                x = out[lane_of(r * dv + column, lanes)] * splat(decay[r], lanes)
+                store(acc, x, T.int32(r * lanes), lanes)
+            for j in range(KEYS):
+                raw = self.pool[lane_of(base + wide(column + j * dv), lanes)]
+                v = bind(vmath.bf16_to_f32(raw, lanes) if self.pair == 2 else raw)
+                for r in range(rows):
+                    at = T.int32(r * lanes)
+                    store(acc, vmath.fma(splat(probs[r * KEYS + j], lanes), v, acc[lane_of(at, lanes)], lanes), at, lanes)
+            for r in range(rows):
+                store(out, acc[lane_of(T.int32(r * lanes), lanes)], r * dv + column, lanes)
+
+    # -- scalar expressions
+
+    def _expr(self, name: str) -> scalar.Expr:
+        made = self.node.attrs[name]
+        if not isinstance(made, scalar.Expr):
+            raise TypeError(made)
+        return made
+
+    def _scalar(self, name: str, q_pos: Expr) -> Expr:
+        return emit_expr(self._expr(name), {"q_pos": q_pos}, self.extras, 1)
+
+    def _vector(self, name: str, env: Mapping[str, Expr]) -> Expr:
+        return emit_expr(self._expr(name), env, self.extras, KEYS)
+
+
+def _float(x: Expr, lanes: int) -> Expr:
+    return T.cast(x, f32(lanes))
+
+
+def _is_float(x: Expr) -> bool:
+    return str(x.dtype if hasattr(x, "dtype") else x.ty.dtype).startswith("float")
+
+
+_ARITHMETIC = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "min": T.min,
+               "max": T.max}
+_COMPARISON = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "eq": lambda a, b: a == b}
+
+
+def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes: int) -> Expr:
+    """A scalar expression for `lanes` keys. Positions are int32, scores float32; mixed operands become float32."""
+    if isinstance(e, scalar.Const):
+        return splat(T.float32(e.value) if isinstance(e.value, float) else T.int32(e.value), lanes)
+    if isinstance(e, scalar.Var):
+        return env[e.name]
+    if isinstance(e, scalar.Load):
+        return bind(tables[int(e.table[1:])][emit_expr(e.index, env, tables, lanes)])
+    if not isinstance(e, scalar.Call):
+        raise TypeError(e)
+    args = [emit_expr(a, env, tables, lanes) for a in e.args]
+    name = e.function
+    if name in ("div", "exp", "tanh") or (len(args) == 2 and _is_float(args[0]) != _is_float(args[1])):
+        args = [a if _is_float(a) else _float(a, lanes) for a in args]
+    if name in _COMPARISON:  # TVM cannot name a vector of booleans
+        return _COMPARISON[name](*args)
+    if name in _ARITHMETIC:
+        return bind(_ARITHMETIC[name](*args))
+    if name == "div":
+        return bind(args[0] / args[1])
+    if name == "idiv":
+        return bind(T.floordiv(*args))
+    if name == "mod":
+        return bind(T.floormod(*args))
+    if name == "and":
+        return T.And(*args)
+    if name == "or":
+        return T.Or(*args)
+    if name == "not":
+        return T.Not(*args)
+    if name == "neg":
+        zero = number(0.0, lanes) if _is_float(args[0]) else splat(T.int32(0), lanes)
+        return bind(zero - args[0])
+    if name == "select":
+        return bind(T.Select(*args))
+    if name in ("exp", "tanh", "abs"):
+        return {"exp": vmath.exp, "tanh": vmath.tanh, "abs": vmath.absolute}[name](args[0], lanes)
+    raise UnsupportedError(f"the CPU target cannot lower the scalar function {name} yet")
+
+
+def _value(value: Value | None) -> Value:
+    if value is None:
+        raise TypeError("operand is required")
+    return value

@@ -1,0 +1,245 @@
+"""Matmul with packed weights: one kernel for any number of rows, from decode to prefill.
+
+A chunk is one tile of 64 columns over all rows. Rows are worked on in blocks of `rows` that stay in registers
+while the tile's weights stream past; long k is cut so that a slice of the tile stays in cache while many row
+blocks use it. Every output element is summed over k in order, in one accumulator lane, whatever the number of
+rows, so a row's bits do not depend on its batch. Sums pass through a small panel on the stack, from which the
+epilogue reads them row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Graph, Node, Value
+from inferloom.ir.types import DType, TensorType
+from inferloom.targets.base import Grid, KernelSource
+from inferloom.targets.tvm import pointwise, vmath
+from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, splat, store, wide
+from inferloom.targets.tvm.isa import CpuIsa
+from inferloom.targets.tvm.rows import row_dim, storage
+
+Expr = Any
+TILE = 64
+#: Rows of a panel: its sums take 96 * 64 * 4 bytes, half of a common L1 cache.
+PANEL = 96
+UNROLL = 4
+
+
+def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
+    """The PrimFunc of a "matmul" kernel, its grid, and its arguments as operand-then-result numbers."""
+    body = source.node.attrs["body"]
+    if not isinstance(body, Graph):
+        raise TypeError(body)
+    made = _Matmul(body, source, isa)
+    fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
+    grid = Grid(-1, 1, made.tiles)
+    return fn, grid, tuple(a for a, _ in made.signature)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """An epilogue value: `load(row, (column within the tile, column of the output), lanes)`.
+
+    `half` values have 32 columns a tile: they come from one of two interleaved weights.
+    """
+
+    load: Callable[[Expr, tuple[Expr, Expr], int], Expr]
+    half: bool = False
+
+
+class _Matmul:
+    def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
+        self.body, self.layouts, self.isa = body, source.layouts, isa
+        (self.node,) = (n for n in body.nodes if n.op == "packed_linear")
+        x, packed, *bias = self.node.operands
+        self.n, self.k = int(str(self.node.attrs["n"])), int(str(self.node.attrs["k"]))
+        self.x, self.packed, self.bias = body.inputs.index(_value(x)), body.inputs.index(_value(packed)), bias
+        packed_type = _value(packed).type
+        if not isinstance(packed_type, TensorType):
+            raise TypeError(packed)
+        self.tiles, self.steps, _, self.pair = (int(str(d)) for d in packed_type.shape)
+        if self.k % self.pair:
+            raise UnsupportedError(f"{self.node.loc}: a bf16 matmul needs an even inner dimension, not {self.k}")
+        self.dim = row_dim([v.type for v in body.outputs])
+        # Both operands of a pair matmul are read as 32-bit pairs.
+        self.signature: list[tuple[int | str, str]] = []
+        for i, value in enumerate(body.inputs):
+            paired = i in (self.x, self.packed) and self.pair == 2
+            self.signature.append((i, "int32" if paired else storage(value)))
+        self.signature += [(len(body.inputs) + i, storage(v)) for i, v in enumerate(body.outputs)]
+        self.ldx = self.layouts[self.x].ld // self.pair
+        self.count = self.k // self.pair
+
+    def emit(self, views: list[Expr], dims: Expr, tile: Expr) -> None:
+        isa = self.isa
+        rows = bind(dims[self.dim])
+        panel = scratch(PANEL * TILE)
+        x, w = views[self.x], views[self.packed]
+        weights = bind(wide(tile) * (self.steps * TILE))
+        slices = max(1, -(-self.count // isa.k_slice))
+        depth = -(-self.count // slices // UNROLL) * UNROLL
+        with T.serial(0, (rows + (PANEL - 1)) // PANEL) as p:
+            first = bind(p * PANEL)
+            here = bind(T.min(T.int32(PANEL), rows - first))
+            for s in range(-(-self.count // depth)):
+                begin, end = s * depth, min(self.count, (s + 1) * depth)
+                with T.serial(0, here // isa.rows) as b:
+                    self._block(x, w, panel, weights, first, b * isa.rows, isa.rows, begin, end)
+                rest = bind(here % isa.rows)
+                for tail in range(1, isa.rows):
+                    with T.If(rest == tail):
+                        with T.Then():
+                            self._block(x, w, panel, weights, first, here - tail, tail, begin, end)
+            with T.serial(0, here) as r:
+                self._epilogue(views, panel, tile, r, bind(first + r))
+
+    def _block(self, x: Expr, w: Expr, panel: Expr, weights: Expr, first: Expr, row: Expr, count: int,
+               begin: int, end: int) -> None:
+        """Add steps begin..end of `count` rows from `row` of the panel to their sums."""
+        isa = self.isa
+        width = isa.vectors if count > 1 else TILE // LANES
+        row = bind(row)
+        for group in range(TILE // LANES // width):
+            acc = scratch(count * width * LANES)
+
+            def cell(m: int, v: int) -> Expr:
+                return T.ramp((m * width + v) * LANES, 1, LANES)
+
+            def place(m: int, v: int) -> Expr:
+                return T.ramp((row + m) * TILE + (group * width + v) * LANES, 1, LANES)
+
+            for m in range(count):
+                for v in range(width):
+                    T.buffer_store(acc, number(0.0, LANES) if begin == 0 else panel[place(m, v)], [cell(m, v)])
+            xs = bind((first + row) * self.ldx)
+
+            def step(k: Expr) -> None:
+                ws = [bind(w[T.ramp(weights + wide(k * TILE + (group * width + v) * LANES), 1, LANES)])
+                      for v in range(width)]
+                for m in range(count):
+                    xv = bind(splat(x[xs + m * self.ldx + k], LANES))
+                    for v in range(width):
+                        made = self._multiply(acc[cell(m, v)], xv, ws[v])
+                        T.buffer_store(acc, made, [cell(m, v)])
+
+            whole = (end - begin) // UNROLL
+            with T.serial(0, whole) as k4:
+                for u in range(UNROLL):
+                    step(k4 * UNROLL + (begin + u))
+            for k in range(begin + whole * UNROLL, end):
+                step(T.int32(k))
+            for m in range(count):
+                for v in range(width):
+                    T.buffer_store(panel, acc[cell(m, v)], [place(m, v)])
+
+    def _multiply(self, acc: Expr, x: Expr, w: Expr) -> Expr:
+        if self.pair == 1:
+            return vmath.fma(x, w, acc, LANES)
+        return self.isa.dot_pair(acc, x, w)
+
+    # -- epilogue
+
+    def _epilogue(self, views: list[Expr], panel: Expr, tile: Expr, r: Expr, row: Expr) -> None:
+        env: dict[Value, _Column] = {}
+        for i, value in enumerate(self.body.inputs):
+            if i not in (self.x, self.packed):
+                env[value] = self._operand(value, views[i], self.layouts[i].ld, tile)
+        for node in self.body.nodes:
+            if node is self.node:
+                env[node.result] = self._sums(panel, views, r)
+            elif node.op == "reshape":
+                env[node.result] = env[_value(node.operands[0])]
+            elif node.op == "slice":
+                env[node.result] = self._half(env[_value(node.operands[0])], int(str(node.attrs["start"])))
+            elif pointwise.supported(node.op):
+                env[node.result] = self._pointwise(node, env)
+            else:
+                raise UnsupportedError(f"{node.loc}: {node.op} cannot follow a matmul in one kernel")
+        for i, value in enumerate(self.body.outputs, len(self.body.inputs)):
+            column = env[value]
+            self._store(value, column, views[i], self.layouts[i].ld, tile, row, 2 if column.half else 1)
+
+    def _sums(self, panel: Expr, views: list[Expr], r: Expr) -> _Column:
+        bias = self.bias[0] if self.bias else None
+
+        def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
+            inside, absolute = column
+            y = panel[lane_of(r * TILE + inside, lanes)]
+            if bias is not None:
+                y = y + views[self.body.inputs.index(bias)][lane_of(absolute, lanes)]
+            return bind(y)
+
+        return _Column(load)
+
+    def _half(self, x: _Column, which: int) -> _Column:
+        """Columns of one half: groups of 32 within the tile."""
+
+        def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
+            inside, _ = column
+            full = inside + which * (TILE // 2)
+            return x.load(row, (full, full), lanes)
+
+        return _Column(load, half=True)
+
+    def _operand(self, value: Value, view: Expr, ld: int, tile: Expr) -> _Column:
+        shape = value.type.shape if isinstance(value.type, TensorType) else ()
+        has_rows = bool(shape) and not isinstance(shape[0], int)
+        narrow = isinstance(value.type, TensorType) and value.type.dtype is DType.BF16
+        size = prod(int(str(d)) for d in (shape[1:] if has_rows else shape))
+
+        def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
+            _, absolute = column
+            if size == 1:
+                raw = splat(view[row * ld if has_rows else 0], lanes)
+            else:
+                raw = view[lane_of(absolute + (row * ld if has_rows else 0), lanes)]
+            return vmath.bf16_to_f32(raw, lanes) if narrow else raw
+
+        return _Column(load)
+
+    def _pointwise(self, node: Node, env: dict[Value, _Column]) -> _Column:
+        operands = [env[_value(v)] for v in node.operands]
+
+        def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
+            return pointwise.emit(node, [o.load(row, column, lanes) for o in operands], lanes)
+
+        return _Column(load, half=any(o.half for o in operands))
+
+    def _store(self, value: Value, source: _Column, view: Expr, ld: int, tile: Expr, row: Expr, parts: int) -> None:
+        if not isinstance(value.type, TensorType):
+            raise TypeError(value)
+        width, total = TILE // parts, self.n // parts
+        base = bind(tile * width)
+        narrow = value.type.dtype is DType.BF16
+
+        def put(column: Expr, lanes: int) -> None:
+            x = source.load(row, (column, base + column), lanes)
+            store(view, vmath.f32_to_bf16(x, lanes) if narrow else x, row * ld + base + column, lanes)
+
+        def whole() -> None:
+            with T.serial(0, width // LANES) as v:
+                put(v * LANES, LANES)
+
+        if total % width == 0:
+            whole()
+            return
+        # The last tile is partly padding, which has no room in the output.
+        with T.If(base + width <= total):
+            with T.Then():
+                whole()
+            with T.Else():
+                with T.serial(0, total - base) as c:
+                    put(c, 1)
+
+
+def _value(value: Value | None) -> Value:
+    if value is None:
+        raise TypeError("operand is required")
+    return value

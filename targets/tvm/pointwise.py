@@ -1,0 +1,74 @@
+"""Pointwise ops on vectors: shared by row programs and matmul epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Node
+from inferloom.ir.types import DType
+from inferloom.targets.tvm import vmath
+from inferloom.targets.tvm.emit import f32, number
+
+Expr = Any
+
+
+def _sign(x: Expr, lanes: int) -> Expr:
+    return number(0.0, lanes) - x
+
+
+_UNARY = {
+    "neg": _sign, "abs": vmath.absolute, "exp": vmath.exp, "sqrt": vmath.sqrt, "rsqrt": vmath.rsqrt,
+    "tanh": vmath.tanh, "sin": vmath.sin, "cos": vmath.cos, "erf": vmath.erf, "sigmoid": vmath.sigmoid,
+    "relu": lambda x, lanes: T.max(x, number(0.0, lanes)),
+    "silu": lambda x, lanes: x * vmath.sigmoid(x, lanes),
+}
+_BINARY = {
+    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "div": lambda x, y: x / y,
+    "maximum": T.max, "minimum": T.min,
+}
+#: Not bound to a name: TVM cannot name a vector of booleans.
+_COMPARISON = {"lt": lambda x, y: x < y, "le": lambda x, y: x <= y, "eq": lambda x, y: x == y}
+
+
+def supported(op: str) -> bool:
+    """Whether `emit` knows the op."""
+    return op in _UNARY or op in _BINARY or op in _COMPARISON or op in ("gelu", "where", "cast", "constant")
+
+
+def emit(node: Node, operands: Sequence[Expr], lanes: int) -> Expr:
+    """The node's result for `lanes` elements; operands are vectors of as many lanes."""
+    if node.op == "constant":
+        return number(float(str(node.attrs["value"])), lanes)
+    if node.op in _UNARY:
+        x = T.Bind(operands[0])
+        return T.Bind(_UNARY[node.op](x, lanes))
+    if node.op in _BINARY:
+        return T.Bind(_BINARY[node.op](*operands))
+    if node.op in _COMPARISON:
+        return _COMPARISON[node.op](*operands)
+    if node.op == "gelu":
+        return vmath.gelu(operands[0], lanes, str(node.attrs["approximate"]))
+    if node.op == "where":
+        condition, x, y = operands
+        return T.Bind(T.Select(condition, x, y))
+    if node.op == "cast":
+        return _cast(node, operands[0], lanes)
+    raise UnsupportedError(f"{node.loc}: the CPU target cannot lower {node.op} yet")
+
+
+def _cast(node: Node, x: Expr, lanes: int) -> Expr:
+    source, wanted = node.operands[0], node.attrs["dtype"]
+    have = getattr(source.type, "dtype", None) if source is not None else None
+    if wanted is DType.BF16:
+        return T.Bind(vmath.bf16_to_f32(vmath.f32_to_bf16(x, lanes), lanes))
+    if wanted is DType.F32 and have is DType.BOOL:
+        return T.Select(x, number(1.0, lanes), number(0.0, lanes))
+    if wanted is DType.F32 and have in (DType.I32, DType.F32, DType.BF16):
+        return T.cast(x, f32(lanes))
+    raise UnsupportedError(f"{node.loc}: the CPU target cannot cast {have} to {wanted}")
+
+

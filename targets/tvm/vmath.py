@@ -1,0 +1,152 @@
+"""Vector mathematics as TIR expressions, for any number of lanes and any CPU.
+
+Polynomials were fitted with Chebyshev nodes; relative errors are about 1e-7. `exp(0)` is exactly 1 and the exp of
+a very negative number exactly 0, on which the attention kernel relies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from inferloom.targets.tvm.emit import f32, number, splat, typed
+
+Expr = Any
+
+_LOG2E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.6931471824645996, -1.9046542121259336e-09
+_EXP = (0.500000001, 0.16666576, 0.0416664625, 0.00836334833, 0.00139339118)
+_TANH = (0.999999996, -0.333332535, 0.133309573, -0.0537070676, 0.0205449054, -0.00560768872)
+_ERF_SMALL = (1.12837917, -0.376126269, 0.112835975, -0.0268543288, 0.00518931194, -0.000801885499, 7.88249711e-05)
+_ERF_LARGE = (0.00030321301, -1.13016668, -0.631937093, -0.109978245, 0.0263647175, -0.00474022238, 0.000592769546,
+              -4.55906234e-05, 1.61406165e-06)
+_SIN = (-0.166666645, 0.00833271841, -0.000195815008)
+_COS = (0.0416666645, -0.00138882737, 2.45416134e-05)
+_HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15)
+
+
+def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
+    """a * b + c with one rounding."""
+    return T.call_llvm_pure_intrin(f32(lanes), "llvm.fma", a, b, c)
+
+
+def _unary(name: str, x: Expr, lanes: int) -> Expr:
+    return T.call_llvm_pure_intrin(f32(lanes), name, x)
+
+
+def sqrt(x: Expr, lanes: int) -> Expr:
+    return _unary("llvm.sqrt", x, lanes)
+
+
+def absolute(x: Expr, lanes: int) -> Expr:
+    return _unary("llvm.fabs", x, lanes)
+
+
+def rsqrt(x: Expr, lanes: int) -> Expr:
+    return number(1.0, lanes) / sqrt(x, lanes)
+
+
+def _poly(coefficients: Sequence[float], x: Expr, lanes: int) -> Expr:
+    result = number(coefficients[-1], lanes)
+    for c in reversed(coefficients[:-1]):
+        result = fma(result, x, number(c, lanes), lanes)
+    return T.Bind(result)
+
+
+def exp(x: Expr, lanes: int) -> Expr:
+    """e^x: 2^n * e^r with |r| <= ln2/2; 0 below -87.3, infinity above 88.7."""
+    x = T.Bind(x)
+    clamped = T.Bind(T.max(T.min(x, number(88.8, lanes)), number(-87.3, lanes)))
+    n = T.Bind(_unary("llvm.rint", clamped * number(_LOG2E, lanes), lanes))
+    r = fma(n, number(-_LN2_HIGH, lanes), clamped, lanes)
+    r = T.Bind(fma(n, number(-_LN2_LOW, lanes), r, lanes))
+    p = fma(_poly(_EXP, r, lanes) * r, r, r, lanes) + number(1.0, lanes)
+    bits = T.shift_left(T.cast(n, typed("int32", lanes)) + splat(T.int32(127), lanes), splat(T.int32(23), lanes))
+    scaled = p * T.reinterpret(f32(lanes), bits)
+    return T.Bind(T.Select(x < number(-87.3, lanes), number(0.0, lanes), scaled))
+
+
+def sigmoid(x: Expr, lanes: int) -> Expr:
+    one = number(1.0, lanes)
+    return T.Bind(one / (one + exp(number(0.0, lanes) - x, lanes)))
+
+
+def tanh(x: Expr, lanes: int) -> Expr:
+    x = T.Bind(x)
+    size = T.Bind(absolute(x, lanes))
+    one, two = number(1.0, lanes), number(2.0, lanes)
+    small = _poly(_TANH, T.Bind(x * x), lanes) * x
+    large = one - two / (exp(size * two, lanes) + one)
+    signed = T.Select(x < number(0.0, lanes), number(0.0, lanes) - large, large)
+    return T.Bind(T.Select(size < number(0.63, lanes), small, signed))
+
+
+def erf(x: Expr, lanes: int) -> Expr:
+    x = T.Bind(x)
+    size = T.Bind(T.min(absolute(x, lanes), number(4.0, lanes)))
+    small = _poly(_ERF_SMALL, T.Bind(x * x), lanes) * x
+    large = number(1.0, lanes) - exp(_poly(_ERF_LARGE, size, lanes), lanes)
+    signed = T.Select(x < number(0.0, lanes), number(0.0, lanes) - large, large)
+    return T.Bind(T.Select(size < number(1.0, lanes), small, signed))
+
+
+def _quadrant(x: Expr, lanes: int) -> tuple[Expr, Expr]:
+    """Multiple of pi/2 nearest to x and what is left, exact for |x| up to 2e5 thanks to fused products."""
+    n = T.Bind(_unary("llvm.rint", x * number(2 / 3.141592653589793, lanes), lanes))
+    r = x
+    for part in _HALF_PI:
+        r = T.Bind(fma(n, number(-part, lanes), r, lanes))
+    return T.Bind(T.cast(n, typed("int32", lanes))), r
+
+
+def _turn(x: Expr, lanes: int, shift: int) -> Expr:
+    n, r = _quadrant(T.Bind(x), lanes)
+    n = T.Bind(n + splat(T.int32(shift), lanes))
+    s = T.Bind(r * r)
+    sine = fma(_poly(_SIN, s, lanes) * s, r, r, lanes)
+    cosine = fma(_poly(_COS, s, lanes) * s, s, fma(s, number(-0.5, lanes), number(1.0, lanes), lanes), lanes)
+
+    def bit(mask: int) -> Expr:
+        return T.bitwise_and(n, splat(T.int32(mask), lanes)) != splat(T.int32(0), lanes)
+
+    value = T.Bind(T.Select(bit(1), cosine, sine))
+    return T.Bind(T.Select(bit(2), number(0.0, lanes) - value, value))
+
+
+def sin(x: Expr, lanes: int) -> Expr:
+    return _turn(x, lanes, 0)
+
+
+def cos(x: Expr, lanes: int) -> Expr:
+    return _turn(x, lanes, 1)
+
+
+def gelu(x: Expr, lanes: int, approximate: str) -> Expr:
+    x = T.Bind(x)
+    half, one = number(0.5, lanes), number(1.0, lanes)
+    if approximate == "tanh":
+        inner = number(0.7978845608028654, lanes) * (x + number(0.044715, lanes) * x * x * x)
+        return T.Bind(x * half * (one + tanh(inner, lanes)))
+    return T.Bind(x * half * (one + erf(x * number(0.7071067811865476, lanes), lanes)))
+
+
+def bf16_to_f32(bits: Expr, lanes: int) -> Expr:
+    """uint16 bits of a bf16 as float32."""
+    raised = T.shift_left(T.cast(bits, typed("uint32", lanes)), splat(T.uint32(16), lanes))
+    return T.reinterpret(f32(lanes), raised)
+
+
+def f32_to_bf16(x: Expr, lanes: int) -> Expr:
+    """float32 as uint16 bits of the nearest bf16, ties to even; NaN stays NaN."""
+    x = T.Bind(x)
+    bits = T.Bind(T.reinterpret(typed("uint32", lanes), x))
+
+    def word(v: int) -> Expr:
+        return splat(T.uint32(v), lanes)
+
+    odd = T.bitwise_and(T.shift_right(bits, word(16)), word(1))
+    rounded = T.shift_right(bits + word(0x7FFF) + odd, word(16))
+    quiet = T.bitwise_or(T.shift_right(bits, word(16)), word(0x40))
+    return T.cast(T.Bind(T.Select(x == x, rounded, quiet)), typed("uint16", lanes))
