@@ -114,8 +114,8 @@ def _body_faults(attrs: Mapping[str, ops.Attr]) -> Iterator[str]:
         everything = {v for n in body.nodes for v in n.results}  # in a body, no node has to be a kernel
         for inner, fault in _node_faults(body, ops.KERNEL, everything):
             yield f"in its body: {fault}\n      {print_node(body, inner)}"
-            if inner.op == "kernel":
-                yield "in its body: kernels do not nest"
+        if any(inner.op == "kernel" for inner in body.nodes):
+            yield "in its body: kernels do not nest"
 
 
 def _shown(types: tuple[object, ...]) -> str:
