@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
-from inferloom.cache import require_compiler
 from inferloom.cli import options
 from inferloom.cli.console import emit, out, set_json, table
+from inferloom.errors import UnsupportedError
 
 
 def chips(json_: options.Json = False) -> None:
     """List the chips that artifacts can be made for; `cpu` is this machine."""
     set_json(json_)
-    require_compiler("listing chips")
-    from inferloom.targets.chips import CHIPS, host_chip
+    from inferloom.targets.chips import chips as known
+    from inferloom.targets.chips import host
 
-    host = host_chip()
+    try:
+        here = host().name
+    except UnsupportedError:
+        here = None
     if json_:
-        emit({"cpu": host.name, "chips": [asdict(chip) for chip in CHIPS.values()]})
+        emit({"cpu": here, "chips": [asdict(chip) for chip in known().values()]})
         return
-    rows = table("Chips", "name", "triple", "features")
-    for chip in CHIPS.values():
-        here = "  [green]= cpu[/]" if chip.name == host.name else ""
-        rows.add_row(chip.name + here, chip.triple, " ".join(chip.features))
+    rows = table("Chips", "name", "", "what it is", "needs")
+    for chip in known().values():
+        rows.add_row(chip.name, "[green]this machine[/]" if chip.name == here else "", chip.description,
+                     " ".join(chip.requires))
     out.print(rows)
-
-
-def describe(chip: Any) -> str:
-    """One line on a chip."""
-    return f"{chip.name}: {chip.triple}"

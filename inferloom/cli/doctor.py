@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ def survey() -> dict[str, Any]:
     missing = missing_compile_packages()
     if missing:
         notes.append(f"compiling is off ({', '.join(missing)} missing): run pip install 'inferloom[compile]'")
-    if platform.machine() in ("x86_64", "AMD64") and "avx2" not in cpu["features"]:
-        notes.append("this processor has no AVX2: no chip in the table matches it")
+    if _host_chip() is None:
+        notes.append("no known chip describes this processor: `inferloom chips` lists what can be compiled for")
     return {
         "inferloom": __version__, "python": platform.python_version(), "executable": sys.executable,
         "platform": platform.platform(), "libc": " ".join(platform.libc_ver()), "cpu": cpu,
@@ -66,7 +65,7 @@ def _show(facts: dict[str, Any]) -> None:
     out.print(f"inferloom {facts['inferloom']}, Python {facts['python']} ({facts['executable']})")
     out.print(f"system   {facts['platform']}")
     out.print(f"cpu      {cpu['model']}, {cpu['usable']} of {cpu['cores']} cores; {' '.join(cpu['features'])}")
-    out.print(f"chip     {facts['chip'] or 'unknown: the compiler is not installed'}")
+    out.print(f"chip     {facts['chip'] or 'none that is known'}")
     out.print(f"memory   {human_bytes(memory['available'])} available of {human_bytes(memory['total'])}")
     out.print(f"cache    {cache['path']}: {human_bytes(cache['bytes'])}, {human_bytes(cache['free'])} free on disk")
     rows = table("Packages", "role", "installed", "missing")
@@ -122,11 +121,11 @@ def _meminfo() -> dict[str, int]:
 
 
 def _host_chip() -> str | None:
-    """The chip that `--chip cpu` stands for here; None where the compiler side cannot tell."""
-    if find_spec("inferloom.targets.chips") is None:
-        return None
+    """The chip that `--chip cpu` stands for here; None where no known chip does."""
+    from inferloom.errors import UnsupportedError
+    from inferloom.targets.chips import host
+
     try:
-        from inferloom.targets.chips import host_chip
-    except ImportError:
+        return host().name
+    except UnsupportedError:
         return None
-    return host_chip().name

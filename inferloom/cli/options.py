@@ -16,9 +16,9 @@ DTYPES = ("fp32", "bf16")
 
 def complete_chip(incomplete: str) -> list[str]:
     """Chip names for the shell."""
-    from inferloom.targets.chips import CHIPS
+    from inferloom.targets.chips import chips
 
-    return [name for name in ("cpu", *CHIPS) if name.startswith(incomplete)]
+    return [name for name in ("cpu", *chips()) if name.startswith(incomplete)]
 
 
 def complete_dtype(incomplete: str) -> list[str]:
