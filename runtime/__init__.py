@@ -1,0 +1,1 @@
+"""The thin runtime: opens sealed artifacts and runs them. Imports the standard library, NumPy and BLAKE3 only."""

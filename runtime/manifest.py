@@ -1,0 +1,279 @@
+"""`manifest.json`: the whole description of an artifact, as frozen classes that reader and writer share.
+
+The schema is the dataclasses below; reading is strict. Unknown keys, missing keys and wrong types are errors that
+name the key's path, such as `manifest.plan[3].args[0].offset`. `versions` and `numerics` are free-form records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from inferloom.runtime.errors import ArtifactError
+from inferloom.runtime.records import read, write
+
+SCHEMA = 1
+ABI = 1
+ALIGN = 64
+"""Alignment in bytes of every buffer, tensor and data section."""
+MAX_ARGS = 16
+"""Pointers that a kernel takes."""
+Q_TILE = 16
+"""Tokens of one attention tile."""
+KERNELS_FILE = "kernels/kernels.so"
+
+Space = Literal["workspace", "weights", "state", "input"]
+InputName = Literal[
+    "tokens", "positions", "slots", "seq_starts", "kv_lens", "block_tables", "logit_rows", "q_tiles"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    dtype: Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What the kernels were compiled for; `features` are CPU flags as /proc/cpuinfo names them."""
+
+    name: str
+    triple: str
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """Upper bounds of one step."""
+
+    tokens: int
+    seqs: int
+    rows: int
+    blocks_per_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    offset: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateGroup:
+    name: str
+    kind: Literal["paged_kv"]
+    layers: tuple[StateLayer, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    block_tokens: int
+    bytes_per_block: int
+    groups: tuple[StateGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that one device needs: fixed parts, and each block of state."""
+
+    weights: int
+    workspace: int
+    inputs: int
+    bytes_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where the f32 logits [rows, vocab] lie: byte offset in the workspace, row stride `ld` in elements."""
+
+    name: str
+    offset: int
+    ld: int
+    vocab: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """chunks = ceil(dims[dim] / tile) * mult; dim -1 means `mult` chunks."""
+
+    dim: int
+    tile: int
+    mult: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    symbol: str
+    kind: str
+    source: tuple[str, ...]
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """A byte offset into a space, or the name of a step input."""
+
+    space: Space
+    offset: int | None = None
+    name: InputName | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    kernel: int
+    args: tuple[Arg, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsInfo:
+    """`data_offset`: bytes before the data section; `bytes`: length of the data section."""
+
+    file: str
+    data_offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    bytes: int
+    blake3: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The manifest of one artifact. `files` is empty until the artifact is sealed."""
+
+    schema: int
+    abi: int
+    versions: dict[str, Any]
+    model: ModelInfo
+    chip: Chip
+    dims: Dims
+    state: State
+    memory: Memory
+    output: Output
+    kernels: tuple[Kernel, ...]
+    plan: tuple[Call, ...]
+    weights: WeightsInfo
+    numerics: dict[str, Any]
+    files: dict[str, FileInfo]
+
+    @staticmethod
+    def from_json(data: object) -> Manifest:
+        """Read a parsed JSON value. Raises ArtifactError naming the key path of whatever is not as it must be."""
+        # Versions first: a newer schema must be refused as such, not for one of its new keys.
+        if isinstance(data, dict):
+            for key, ours in (("schema", SCHEMA), ("abi", ABI)):
+                if type(data.get(key)) is int and data[key] != ours:
+                    raise ArtifactError(f"manifest.{key} is {data[key]}, but this runtime reads {key} {ours}: "
+                                        "compile the model again, or install the matching runtime")
+        manifest = read(Manifest, data, "manifest")
+        for problem in _problems(manifest):
+            raise ArtifactError(f"manifest.{problem}")
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars; `from_json` of it gives an equal manifest."""
+        return write(self)
+
+
+def dumps(manifest: Manifest) -> bytes:
+    """The canonical bytes: sorted keys, indent 1, trailing newline, ASCII."""
+    text = json.dumps(manifest.to_json(), sort_keys=True, indent=1, allow_nan=False)
+    return (text + "\n").encode("ascii")
+
+
+def loads(data: bytes) -> Manifest:
+    """Parse canonical bytes. Raises ArtifactError when they are not JSON, not canonical or not a manifest."""
+    try:
+        parsed = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"manifest.json is not JSON: {error}") from None
+    manifest = Manifest.from_json(parsed)
+    if dumps(manifest) != data:
+        raise ArtifactError("manifest.json is not in canonical form (sorted keys, indent 1, trailing newline, "
+                            "no repeated keys); write it with inferloom")
+    return manifest
+
+
+def inputs_layout(dims: Dims) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+    """Where each int32 step input lies: {name: (byte offset, shape at its largest)} and the bytes of all.
+
+    q_tiles holds one (sequence, first token, count <= 16) per attention tile; each sequence adds at most one
+    tile that is not full.
+    """
+    tokens, seqs, rows = dims.tokens, dims.seqs, dims.rows
+    shapes: dict[str, tuple[int, ...]] = {
+        "tokens": (tokens,), "positions": (tokens,), "slots": (tokens,), "seq_starts": (seqs + 1,),
+        "kv_lens": (seqs,), "block_tables": (seqs, dims.blocks_per_seq), "logit_rows": (rows,),
+        "q_tiles": (tokens // Q_TILE + seqs, 3),
+    }
+    layout, offset = {}, 0
+    for name, shape in shapes.items():
+        count = 1
+        for extent in shape:
+            count *= extent
+        layout[name] = (offset, shape)
+        offset += -(-count * 4 // ALIGN) * ALIGN
+    return layout, offset
+
+
+def _problems(m: Manifest) -> Iterator[str]:
+    """What types cannot say: every number that becomes an address or a size is in range."""
+    for name in ("tokens", "seqs", "rows", "blocks_per_seq"):
+        if not 1 <= getattr(m.dims, name) < 2**31:
+            yield f"dims.{name} must be between 1 and 2**31-1, got {getattr(m.dims, name)}"
+    if m.dims.seqs * m.dims.blocks_per_seq >= 2**31:
+        yield "dims.seqs * dims.blocks_per_seq must be below 2**31"
+    if m.model.vocab_size < 1 or m.model.max_model_len < 1:
+        yield "model.vocab_size and model.max_model_len must be positive"
+    if m.state.block_tokens < Q_TILE or m.state.block_tokens % Q_TILE:
+        yield f"state.block_tokens must be a positive multiple of {Q_TILE}, got {m.state.block_tokens}"
+    if m.state.bytes_per_block < 1 or m.state.bytes_per_block != m.memory.bytes_per_block:
+        yield "state.bytes_per_block must be positive and equal memory.bytes_per_block"
+    for name in ("weights", "workspace", "inputs"):
+        if getattr(m.memory, name) < 0:
+            yield f"memory.{name} must not be negative, got {getattr(m.memory, name)}"
+    if m.weights.data_offset % ALIGN or m.weights.data_offset < ALIGN:
+        yield f"weights.data_offset must be a positive multiple of {ALIGN}, got {m.weights.data_offset}"
+    if m.weights.bytes < 0:
+        yield "weights.bytes must not be negative"
+    needed = inputs_layout(m.dims)[1]
+    if m.memory.inputs < needed:
+        yield f"memory.inputs is {m.memory.inputs}, but the step inputs of these dims take {needed} bytes"
+    out = m.output
+    if out.vocab < 1 or out.ld < out.vocab or out.offset < 0 or out.offset % 4:
+        yield "output must have 1 <= vocab <= ld and an offset that is a multiple of 4"
+    if out.offset + m.dims.rows * out.ld * 4 > m.memory.workspace:
+        yield f"output: {m.dims.rows} rows of {out.ld} floats at {out.offset} leave memory.workspace"
+    for i, kernel in enumerate(m.kernels):
+        if not -1 <= kernel.grid.dim <= 3 or kernel.grid.tile < 1 or kernel.grid.mult < 0:
+            yield f"kernels[{i}].grid must have dim in -1..3, tile >= 1 and mult >= 0, got {kernel.grid}"
+        if max(kernel.grid.tile, kernel.grid.mult) >= 2**31:
+            yield f"kernels[{i}].grid does not fit 32 bits"
+    sizes = {"workspace": m.memory.workspace, "weights": m.weights.bytes, "state": m.state.bytes_per_block,
+             "input": m.memory.inputs}
+    for i, call in enumerate(m.plan):
+        if not 0 <= call.kernel < len(m.kernels):
+            yield f"plan[{i}].kernel is {call.kernel}, but there are {len(m.kernels)} kernels"
+        if len(call.args) > MAX_ARGS:
+            yield f"plan[{i}].args has {len(call.args)} entries, a kernel takes at most {MAX_ARGS}"
+        for j, arg in enumerate(call.args):
+            where = f"plan[{i}].args[{j}]"
+            if (arg.offset is None) == (arg.name is None):
+                yield f"{where} must have either an offset or a name"
+            elif arg.name is not None and arg.space != "input":
+                yield f"{where}.name goes only with space 'input', got {arg.space!r}"
+            elif arg.offset is not None and not 0 <= arg.offset <= sizes[arg.space]:
+                yield f"{where}.offset {arg.offset} is outside the {sizes[arg.space]} bytes of {arg.space}"
