@@ -51,7 +51,7 @@ class Importer:
     node: torch.fx.Node | None = None
     slots: int = 0
     paths: dict[Node, str] = field(default_factory=dict)
-    _lifted: dict[tuple[str, tuple[int, ...]], Value] = field(default_factory=dict)
+    _lifted: dict[tuple[bytes, str], Value] = field(default_factory=dict)
 
     @property
     def loc(self) -> str:
@@ -102,14 +102,15 @@ class Importer:
         axes = natural_axes(shape)
         if not axes:
             return Traced(self.number(tensor.item(), dtype), shape, ())
-        data = tensor.reshape([d for d in shape if d != 1])
-        key = (x.name, tuple(data.shape))
-        if key not in self._lifted:
+        data = np.ascontiguousarray(tensor.reshape([d for d in shape if d != 1]).numpy()).astype(dtype.numpy)
+        made = TensorType(dtype, tuple(data.shape))
+        key = (data.tobytes(), str(made))
+        if key not in self._lifted:  # equal buffers of several layers become one
             source = f"buffer:{x.name}"
-            while source in self.buffers:  # the same buffer, seen with another shape
+            while source in self.buffers:
                 source += "'"
-            self.buffers[source] = np.ascontiguousarray(data.numpy()).astype(dtype.numpy)
-            self._lifted[key] = self.builder.param(source, TensorType(dtype, tuple(data.shape)))
+            self.buffers[source] = data
+            self._lifted[key] = self.builder.param(source, made)
         return Traced(self._lifted[key], shape, axes)
 
     def number(self, value: float, dtype: DType = DType.F32) -> Value:
@@ -202,7 +203,7 @@ def import_program(program: Any, *, name: str, tokens: Sym, rows: Sym, sources: 
                                        + "\n  ".join(dict.fromkeys(problems)))
             logits = im.traced(im.env[node.args[0][0]])
             logits = im.layouts.ordered(im.layouts.with_axes(logits, [len(logits.shape) - 1]))
-            graph = _tidy(builder.finish([logits.value]))
+            graph = tidy(builder.finish([logits.value]))
         path = module_path(node, prefix)
         im.paths.update({n: path for n in builder.nodes[before:]})
     im.buffers = {p.source: im.buffers[p.source] for p in graph.params if p.source in im.buffers}
@@ -308,16 +309,17 @@ def _evaluate(node: Any, args: Any, kwargs: Any) -> Any:
     return wrap(made, node.name)
 
 
-def _tidy(graph: Graph) -> Graph:
-    """Constants first, since they belong to no layer; nodes and params that nothing reads are dropped."""
+def tidy(graph: Graph) -> Graph:
+    """Constants first, since they belong to no layer; params in order of use; what nothing reads is dropped."""
     live = set(graph.outputs)
     for node in reversed(graph.nodes):
         if any(v in live for v in node.results):
             live.update(v for v in node.operands if v is not None)
     nodes = [n for n in graph.nodes if any(v in live for v in n.results)]
-    return Graph(graph.name, graph.inputs, tuple(p for p in graph.params if p.value in live),
-                 (*(n for n in nodes if n.op == "constant"), *(n for n in nodes if n.op != "constant")),
-                 graph.outputs)
+    nodes.sort(key=lambda n: n.op != "constant")
+    used = dict.fromkeys(v for n in nodes for v in n.operands)
+    params = {p.value: p for p in graph.params}
+    return Graph(graph.name, graph.inputs, tuple(params[v] for v in used if v in params), tuple(nodes), graph.outputs)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')

@@ -195,8 +195,10 @@ def index(im: Importer, x: Any, indices: Any) -> Traced:
         raise UnsupportedError("indexing along several axes at once")
     axis, chosen = used[0]
     if isinstance(chosen, Traced):
-        if x.axes[:1] != (axis,) or chosen.type.rank != 1:
-            raise UnsupportedError("indexing by computed values along another axis than the tokens")
+        if x.token_axis is None and axis == 0 and len(x.shape) == 2:
+            return embedding(im, x, chosen)
+        if x.axes[:1] != (axis,) or chosen.value is not im.builder.inputs[-1] or len(chosen.shape) != 1:
+            raise UnsupportedError("indexing by computed values, other than picking rows of logits")
         return Traced(im.emit("gather_rows", x.value, chosen.value), im.result_shape, x.axes)
     places = [int(p) for p in chosen.tensor.reshape(-1)]
     step = places[1] - places[0] if len(places) > 1 else 1
@@ -241,7 +243,7 @@ def gather(im: Importer, table: Any, axis: int, places: Any) -> Traced:
 
 @lowers("aten.embedding.default")
 def embedding(im: Importer, table: Any, ids: Any, *args: Any, **kwargs: Any) -> Traced:
-    table, ids = im.traced(table), im.traced(ids)
+    table, ids = im.layouts.ordered(im.layouts.with_axes(im.traced(table), (0, 1))), im.traced(ids)
     axes = (*ids.axes, len(im.result_shape) - 1)
     return Traced(im.emit("embedding", ids.value, table.value), im.result_shape, axes)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inferloom.compiler.frontends import hooks
+from inferloom.compiler.frontends import hooks, layers
 from inferloom.compiler.frontends.aten import Imported, import_program
 from inferloom.compiler.frontends.skeleton import build_skeleton
 from inferloom.compiler.frontends.weights import CheckpointSource, WeightSource, legacy_name, read_checkpoint, resolve
@@ -147,11 +147,33 @@ class ConfigTrace:
     notes: tuple[str, ...] = ()
 
 
-def trace_config(config: Any) -> tuple[ConfigTrace, Any]:
-    """Trace the causal LM of a config; also returns its skeleton (a model without weights)."""
+def trace_config(config: Any, whole: bool = False) -> tuple[ConfigTrace, Any]:
+    """Trace the causal LM of a config; also returns its skeleton (a model without weights).
+
+    Each distinct layer is traced a few times and repeated, unless `whole` or the structure does not allow it.
+    """
     model = build_skeleton(config)
     with hooks.installed(model):
-        return ConfigTrace(trace_model(model)), model
+        if whole:
+            return ConfigTrace(trace_model(model)), model
+        return trace_repeated(model), model
+
+
+def trace_repeated(model: Any) -> ConfigTrace:
+    """Trace distinct layers only and repeat them; traces the whole model, with a note, when that cannot be done."""
+    found = layers.find_layers(model)
+    if found is None:
+        return ConfigTrace(trace_model(model), ("the model has no list of layers: traced as a whole",))
+    if len(found.traced()) == len(found.kinds):
+        return ConfigTrace(trace_model(model))
+    sources = sources_of(model)
+    try:
+        with layers.skipping(found):
+            traced = trace_model(model)
+        graph = layers.repeat(traced, found, sources)
+    except layers.NotRepeated as why:
+        return ConfigTrace(trace_model(model), (f"the layers cannot be repeated ({why}): traced as a whole",))
+    return ConfigTrace(Imported(graph, traced.buffers, {}))
 
 
 class _Step(nn.Module):
