@@ -73,7 +73,7 @@ class _Bench:
 
         limit = self.manifest["model"]["max_model_len"]
         if limit < PROMPT + NEW:
-            raise InferloomError(f"bench needs {PROMPT + NEW} tokens of context; this artifact was compiled for {limit}")
+            raise InferloomError(f"bench needs {PROMPT + NEW} tokens of context; the artifact was compiled for {limit}")
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._fresh_process()
         llm = LLM(self.artifact, threads=self.threads)
@@ -116,8 +116,8 @@ class _Bench:
         loads, sizes = [], []
         for _ in range(self.runs):
             options = json.dumps({"threads": self.threads})
-            done = subprocess.run([sys.executable, "-c", _FRESH, str(self.artifact), json.dumps(self._prompt(16)), options],
-                                  capture_output=True, text=True, check=False)
+            command = [sys.executable, "-c", _FRESH, str(self.artifact), json.dumps(self._prompt(16)), options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise InferloomError(f"a fresh process could not run the artifact:\n{done.stderr.strip()}")
             got = json.loads(done.stdout.splitlines()[-1])

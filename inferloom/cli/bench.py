@@ -45,7 +45,8 @@ def bench(
 
 
 def _show(made: dict[str, Any]) -> None:
-    out.print(f"{made['model']['name']} {made['model']['dtype']} on {made['machine']['cpu']}, {made['threads']} threads")
+    model = made["model"]
+    out.print(f"{model['name']} {model['dtype']} on {made['machine']['cpu']}, {made['threads']} threads")
     rows = table("", "metric", "value", "of the ceiling", "spread", "others", right=("value", "spread", "others"))
     for m in made["metrics"]:
         value = human_bytes(m["value"]) if m["unit"] == "bytes" else f"{m['value']:.4g} {m['unit']}"
