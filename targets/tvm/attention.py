@@ -20,7 +20,7 @@ from inferloom.ir.graph import Graph, Value
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import LANES, bind, f32, kernel, lane_of, number, scratch, splat, store, wide
+from inferloom.targets.tvm.emit import LANES, bind, f32, kernel, lane_of, number, scratch, splat, store, vectors, wide
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.rows import storage
 from inferloom.targets.tvm.rowvalue import tree
@@ -88,7 +88,7 @@ class _Attention:
         state, group = self.state, self.group
         rows = self.tokens * group
         dv, dk = state.v_dim, state.k_dim // self.pair
-        lanes = gcd(dv, LANES)
+        lanes = vectors(dv)
         out, top, total = scratch(rows * dv), scratch(rows), scratch(rows * LANES)
         probs, decay = scratch(rows * KEYS), scratch(rows)
         # A block that sticks out of the tile repeats its last token, which writes the same values again.

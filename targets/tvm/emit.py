@@ -18,6 +18,14 @@ STORAGE = {"f32": "float32", "bf16": "uint16", "i32": "int32"}
 Expr = Any
 
 
+def vectors(*sizes: int) -> int:
+    """Lanes for data whose extents and offsets are `sizes`: whole vectors, or scalars.
+
+    Nothing in between: LLVM 22 makes invalid code of some kernels with 4 or 8 lanes.
+    """
+    return LANES if all(size % LANES == 0 for size in sizes) else 1
+
+
 def f32(lanes: int) -> str:
     return "float32" if lanes == 1 else f"float32x{lanes}"
 

@@ -8,7 +8,7 @@ reduction depends on shapes alone, so a row's bits do not depend on its batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -19,7 +19,7 @@ from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import pointwise, vmath
-from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, number, scratch, splat, store, wide
+from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, number, scratch, splat, store, vectors, wide
 from inferloom.targets.tvm.rowvalue import (
     RowValue, broadcast_load, common_lanes, fill, flat, in_scratch, last, loop, materialize, memory, reduce)
 
@@ -145,7 +145,7 @@ class _Program:
         def load(row: Expr, index: Any, lanes: int) -> Expr:
             return x.load(row, _unflatten(flat(index, shape), x.shape), lanes)
 
-        return RowValue(shape, gcd(x.max_lanes, gcd(last(shape), LANES)), load, x.cheap)
+        return RowValue(shape, min(x.max_lanes, vectors(last(shape))), load, x.cheap)
 
     def _slice(self, node: Node, row: Expr) -> RowValue:
         x, axis = self._of(node.operands[0]), self._axis(node, int(str(node.attrs["axis"])))
@@ -157,9 +157,9 @@ class _Program:
             moved[axis] = moved[axis] * step + start
             return x.load(row, moved, lanes)
 
-        lanes = gcd(x.max_lanes, gcd(last(shape), LANES))
+        lanes = min(x.max_lanes, vectors(last(shape)))
         if axis == len(shape) - 1:
-            lanes = 1 if step > 1 else gcd(lanes, start)
+            lanes = 1 if step > 1 else min(lanes, vectors(start))
         return RowValue(shape, lanes, load, x.cheap)
 
     def _permute(self, node: Node, row: Expr) -> RowValue:
@@ -184,7 +184,7 @@ class _Program:
         for operand in node.operands:
             part = self._of(operand)
             offset = start * prod(shape[axis + 1:])
-            fill(buffer, part, row, shape, offset, gcd(part.max_lanes, offset) if offset else part.max_lanes)
+            fill(buffer, part, row, shape, offset, min(part.max_lanes, vectors(offset)))
             start += part.shape[axis]
         return in_scratch(buffer, shape)
 
@@ -256,7 +256,7 @@ class _Program:
         half, (heads, dim) = last(cos.shape), x.shape
         buffer = scratch(heads * dim)
         interleaved = bool(node.attrs["interleaved"])
-        lanes = 1 if interleaved else gcd(gcd(x.max_lanes, half), gcd(cos.max_lanes, sin.max_lanes))
+        lanes = 1 if interleaved else min(x.max_lanes, vectors(half), cos.max_lanes, sin.max_lanes)
 
         def pair(index: list[Expr]) -> None:
             h, j = index
@@ -268,7 +268,7 @@ class _Program:
 
         loop((heads, half), lanes, pair)
         if 2 * half < dim:
-            rest = gcd(x.max_lanes, gcd(dim - 2 * half, 2 * half))
+            rest = min(x.max_lanes, vectors(dim, 2 * half))
             loop((heads, dim - 2 * half), rest, lambda index: store(
                 buffer, x.load(row, [index[0], index[1] + 2 * half], rest), index[0] * dim + index[1] + 2 * half, rest))
         return in_scratch(buffer, x.shape)

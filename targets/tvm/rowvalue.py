@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
 from inferloom.ir.types import DType
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import LANES, lane_of, scratch, splat, store
+from inferloom.targets.tvm.emit import LANES, lane_of, scratch, splat, store, vectors
 
 Expr = Any
 Index = Sequence[Expr]
@@ -56,11 +56,11 @@ def memory(buffer: Expr, shape: tuple[int, ...], ld: int, dtype: DType) -> RowVa
         base = flat(index, shape) + (row * ld if ld else 0)
         return widen(buffer[lane_of(base, lanes)], dtype, lanes)
 
-    return RowValue(shape, gcd(last(shape), LANES), load)
+    return RowValue(shape, vectors(last(shape)), load)
 
 
 def in_scratch(buffer: Expr, shape: tuple[int, ...]) -> RowValue:
-    return RowValue(shape, gcd(last(shape), LANES), lambda row, index, lanes: buffer[lane_of(flat(index, shape), lanes)])
+    return RowValue(shape, vectors(last(shape)), lambda row, index, lanes: buffer[lane_of(flat(index, shape), lanes)])
 
 
 def loop(shape: Sequence[int], lanes: int, body: Callable[[list[Expr]], None]) -> None:
@@ -108,10 +108,10 @@ def broadcast_load(value: RowValue, row: Expr, index: Index, to: tuple[int, ...]
 
 def common_lanes(to: tuple[int, ...], operands: Sequence[RowValue]) -> int:
     """Lanes for a pointwise result: what the widest-reading operand allows."""
-    lanes = gcd(last(to), LANES)
+    lanes = vectors(last(to))
     for value in operands:
         if last(value.shape) != 1:
-            lanes = gcd(lanes, value.max_lanes)
+            lanes = min(lanes, value.max_lanes)
     return lanes
 
 
