@@ -145,7 +145,7 @@ class Rewriter:
 
     def emit(self, op: str, *operands: Value | None, loc: str = "", **attrs: ops.Attr) -> Value:
         """Add a node with one result."""
-        return self.builder.emit(op, *operands, loc=loc, **attrs)
+        return self.builder.emit_node(op, operands, attrs, loc).result
 
     def read_once(self, value: Value) -> bool:
         """Whether nothing else reads a value that some node reads (values made by rules count as such)."""

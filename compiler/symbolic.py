@@ -133,7 +133,8 @@ def _joined(parts: list[Terms], axis: int) -> Terms:
             shape = part[0].coef.shape
             found = next((t for i, t in _numbered(part) if t.leaves == wanted and i == place), None)
             pieces.append(found or Term(np.zeros(shape), tuple((leaf, np.zeros(shape, int)) for leaf in wanted)))
-        factors = tuple((leaf, np.concatenate([p.factors[k][1] for p in pieces], axis)) for k, leaf in enumerate(wanted))
+        factors = tuple((leaf, np.concatenate([p.factors[k][1] for p in pieces], axis))
+                        for k, leaf in enumerate(wanted))
         made.append(Term(np.concatenate([p.coef for p in pieces], axis), factors))
     return tuple(made)
 

@@ -119,8 +119,9 @@ def op(name: str, *, tolerance: Tolerance = Tolerance(), levels: Sequence[str] =
         hints = typing.get_type_hints(infer_fn, vars(inspect.getmodule(cls)) | _HINT_SCOPE)
         attrs = {p.name: p for p in params if p.kind is p.KEYWORD_ONLY}
         operands = tuple(p for p in params if p.kind is not p.KEYWORD_ONLY)
-        _OPS[name] = OpDef(name, inspect.getdoc(cls) or "", operands, {p.name: hints[p.name] for p in operands}, attrs, {k: hints[k] for k in attrs}, infer_fn, reference, tolerance, tuple(levels), pointwise,
-                           foldable)
+        _OPS[name] = OpDef(
+            name, inspect.getdoc(cls) or "", operands, {p.name: hints[p.name] for p in operands}, attrs,
+            {k: hints[k] for k in attrs}, infer_fn, reference, tolerance, tuple(levels), pointwise, foldable)
         return cls
 
     return declare

@@ -6,6 +6,7 @@ import json
 import re
 import typing
 from types import MappingProxyType
+from typing import Any
 
 from inferloom.ir import expr
 from inferloom.ir import op as ops
@@ -204,13 +205,13 @@ class _Parser:
                 self.expect(",")
         return made
 
-    def attr(self) -> ops.Attr:
+    def attr(self) -> Any:
         self.skip()
         number = self.match(_NUMBER)
         if number is not None:
             if self.text[self.at:self.at + 1] == "*":  # `2*tokens`
                 self.at -= len(number)
-                return self.dim()  # type: ignore[return-value]  # only ever inside a shape
+                return self.dim()
             return int(number) if _INT.fullmatch(number) else float(number)
         if self.peek('"'):
             return self.string()
@@ -220,7 +221,7 @@ class _Parser:
                 items.append(self.attr())
                 if not self.peek("]"):
                     self.expect(",")
-            return tuple(items)  # type: ignore[arg-type]  # check_attrs looks at what is inside
+            return tuple(items)
         start = self.at
         word = self.need(_NAME, "a value for the attribute")
         if word in _WORDS:
@@ -228,7 +229,7 @@ class _Parser:
         self.at = start
         if word == "graph":
             return self.graph()
-        return self.dim()  # type: ignore[return-value]
+        return self.dim()
 
     def expr(self) -> ops.Attr:
         self.skip()

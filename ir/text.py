@@ -115,7 +115,7 @@ class _Printer:
             text += f" @ {json.dumps(node.loc)}"
         return text.split("\n")
 
-    def _attr(self, value: ops.Attr) -> str:
+    def _attr(self, value: object) -> str:
         if isinstance(value, Graph):
             return "\n".join(_Printer(value, self._named, self._locs, self._sources).lines())
         if value is None:

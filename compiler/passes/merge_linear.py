@@ -61,7 +61,7 @@ class _Merge:
 
 def run(graph: Graph, report: Report | None = None) -> Graph:
     report = report or Report()
-    graph = _constants_first(graph)
+    original, graph = graph, _constants_first(graph)
     constants, users, producers = graph.constants(), graph.users(), graph.producers()
     linears = [n for n in graph.nodes if n.op == "linear" and _mergeable(n, constants)]
     merges: dict[Node, _Merge] = {}
@@ -88,7 +88,7 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
             merges[group[0]] = _Merge(tuple(_whole(n) for n in group), False)
             taken.update(group)
             report.fused(f"{len(group)} linears of the same input into one", group[0].loc)
-    return _emit(graph, merges) if merges else graph
+    return _emit(graph, merges) if merges else original
 
 
 def _emit(graph: Graph, merges: dict[Node, _Merge]) -> Graph:

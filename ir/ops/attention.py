@@ -9,7 +9,7 @@ import numpy as np
 
 from inferloom.ir.errors import VerifyError
 from inferloom.ir.expr import Expr
-from inferloom.ir.op import MODEL, SERVING, KERNEL, Tolerance, op
+from inferloom.ir.op import KERNEL, MODEL, SERVING, Tolerance, op
 from inferloom.ir.types import DType, StateType, TensorType, cast_array
 
 

@@ -104,7 +104,8 @@ class Gelu:
     def reference(x, *, approximate):  # type: ignore[no-untyped-def, misc]
         x = np.asarray(x, np.float32)
         if approximate == "tanh":
-            return x * np.float32(0.5) * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
+            cubic = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)
+            return x * np.float32(0.5) * (1 + np.tanh(cubic))
         return x * np.float32(0.5) * (1 + erf(x * np.float32(math.sqrt(0.5))))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from inferloom.ir.errors import VerifyError
 from inferloom.ir.op import Tolerance, op
 from inferloom.ir.types import Affine, Dim, DType, Shape, Sym, TensorType
-
-import numpy as np
 
 EXACT = Tolerance(0.0, 0.0)
 

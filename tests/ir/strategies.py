@@ -30,7 +30,8 @@ def tensor_types(draw: Any, dtype: DType | None = None) -> TensorType:
 STATES = st.builds(StateType, DTYPES, st.integers(1, 4), DIMS, DIMS, st.sampled_from([16, 32]))
 
 EXPRS: st.SearchStrategy[expr.Expr] = st.recursive(
-    st.builds(expr.Const, st.integers(-9, 9) | FLOATS) | st.builds(expr.Var, st.sampled_from(["score", "q_pos", "head"])),
+    st.builds(expr.Const, st.integers(-9, 9) | FLOATS)
+    | st.builds(expr.Var, st.sampled_from(["score", "q_pos", "head"])),
     lambda inner: st.builds(lambda a, b: expr.call("add", a, b), inner, inner)
     | st.builds(lambda a: expr.call("neg", a), inner)
     | st.builds(lambda a, b, c: expr.select(a, b, c), inner, inner, inner)
@@ -48,7 +49,8 @@ def graphs(draw: Any, nested: bool = True) -> Graph:
         values.append(b.param(f"layers.{i}.weight", draw(tensor_types(DType.F32))))
     for _ in range(draw(st.integers(0, 8))):
         value, other = draw(st.sampled_from(values)), draw(st.sampled_from(values))
-        choice = draw(st.sampled_from(["constant", "unary", "binary", "reshape", "sum", "cast", "norm", "flex", "kernel"]))
+        choice = draw(st.sampled_from(
+            ["constant", "unary", "binary", "reshape", "sum", "cast", "norm", "flex", "kernel"]))
         loc, name = draw(LOCS), draw(NAMES)
         try:
             if choice == "constant":

@@ -43,8 +43,9 @@ def test_arrays_broadcast() -> None:
     np.testing.assert_array_equal(got, np.tril(np.ones((3, 3), bool)))
 
 
-@pytest.mark.parametrize("text", ["", "(", ")", "()", "(add 1", "(add 1 2", "(add 1)", "(add 1 2 3)", "(wrong 1)", "1 2",
-                                  "(load)", "(load t0)", "(load 3 4)", "(load t0 1 2)", "3x", "(add 1 2))", "-x"])
+@pytest.mark.parametrize("text", ["", "(", ")", "()", "(add 1", "(add 1 2", "(add 1)", "(add 1 2 3)", "(wrong 1)",
+                                  "1 2", "(load)", "(load t0)", "(load 3 4)", "(load t0 1 2)", "3x", "(add 1 2))",
+                                  "-x"])
 def test_malformed(text: str) -> None:
     with pytest.raises(VerifyError):
         parse(text)

@@ -117,7 +117,8 @@ BODY_GRAPH = BODY.finish([BODY.emit("neg", BODY.emit("add", _x, _x)), _x])
 
 def erf(x: float) -> float:
     """Abramowitz & Stegun 7.1.5: the Taylor series, which math.erf is not."""
-    return 2 / math.sqrt(math.pi) * sum((-1) ** n * x ** (2 * n + 1) / (math.factorial(n) * (2 * n + 1)) for n in range(40))
+    terms = ((-1) ** n * x ** (2 * n + 1) / (math.factorial(n) * (2 * n + 1)) for n in range(40))
+    return 2 / math.sqrt(math.pi) * sum(terms)
 
 
 CASES = [
@@ -164,7 +165,8 @@ CASES = [
     Case("pack_linear", (W,), PACKED, {"tile": 4, "pair": 2, "k_multiple": 8}, symbolic=False),
     Case("interleave", (W[:4], W[2:6]), [W[0], W[1], W[2], W[3], W[2], W[3], W[4], W[5]], {"group": 2}, symbolic=False),
     Case("rms_norm", (X, W4), [r * W4 / math.sqrt(np.dot(np.float64(r), r) / 4 + 0.1) for r in X], {"eps": 0.1}),
-    Case("rms_norm", (X * 1e-3,), [r * 1e-3 / math.sqrt(np.dot(np.float64(r), r) / 4e6 + 1e-5) for r in X], {"eps": 1e-5}),
+    Case("rms_norm", (X * 1e-3,), [r * 1e-3 / math.sqrt(np.dot(np.float64(r), r) / 4e6 + 1e-5) for r in X],
+         {"eps": 1e-5}),
     Case("layer_norm", (X, W4, B4), [(r - r.mean()) / math.sqrt(np.var(np.float64(r)) + 0.1) * W4 + B4 for r in X],
          {"eps": 0.1}),
     Case("layer_norm", (X, None, B4), [(r - r.mean()) / math.sqrt(np.var(np.float64(r)) + 0.1) + B4 for r in X],
@@ -173,8 +175,9 @@ CASES = [
     Case("rotary", (QUERY, COS, SIN), naive_rotary(QUERY, ANGLE, True), {"interleaved": True}),
     Case("attention", (QUERY, KEY, VALUE), softmax_attention(QUERY, KEY, VALUE, causal), {"scale": 0.5, "slot": 0}),
     Case("attention", (QUERY, KEY, VALUE, SINKS, SLOPES), softmax_attention(
-        QUERY, KEY, VALUE, lambda s, i, j, h: 2 * math.tanh(0.5 * s / 2) + SLOPES[h] * (j - i) if 0 <= i - j < 3 else None,
-        SINKS), {"scale": 0.5, "slot": 0, "window": 3, "softcap": 2.0}),
+        QUERY, KEY, VALUE,
+        lambda s, i, j, h: 2 * math.tanh(0.5 * s / 2) + SLOPES[h] * (j - i) if 0 <= i - j < 3 else None, SINKS),
+        {"scale": 0.5, "slot": 0, "window": 3, "softcap": 2.0}),
     Case("attention", (QUERY, KEY, VALUE), softmax_attention(
         QUERY, KEY, VALUE, lambda s, i, j, h: causal(s, i, j, h) if i // 2 == j // 2 else None),
         {"scale": 0.5, "slot": 0, "chunk": 2}),
@@ -220,7 +223,8 @@ def test_type_rule_agrees_with_reference(case: Case) -> None:
     types = ops.infer(case.op, [type_of(a, symbolic) for a in case.arrays], attrs)
     for made, array in zip(types, ops.run_reference(case.op, case.arrays, attrs), strict=True):
         assert isinstance(made, TensorType)
-        assert tuple(n if isinstance(d, Sym) else d for d, n in zip(made.shape, array.shape, strict=True)) == array.shape
+        shape = tuple(n if isinstance(d, Sym) else d for d, n in zip(made.shape, array.shape, strict=True))
+        assert shape == array.shape
         assert array.dtype == made.dtype.numpy
 
 
@@ -239,7 +243,6 @@ def test_every_op_is_tested_here() -> None:
     assert set(ops.all_ops()) == {c.op for c in CASES} | {"kv_write"}
 
 
-F, I = "f32", "i32"
 NAMES = {"t": T}
 
 
@@ -260,18 +263,22 @@ REFUSED = [
     ("add", "f32:4 kv", {}, "operand y must be a tensor"), ("kv_write", "f32:4 f32:4 f32:4 i32:4", {}, "must be state"),
     ("reshape", "f32:4", {"shape": (2, 3)}, "sizes differ"), ("reshape", "f32:t,4", {"shape": (4,)}, "sizes differ"),
     ("reshape", "f32:t,4", {"shape": (4, T)}, "symbolic dims must lead"),
-    ("permute", "f32:2,3", {"axes": (0, 0)}, "not a permutation"), ("slice", "f32:4", {"axis": 1, "start": 0, "stop": 1},
-                                                                    "axis 1 is outside"),
+    ("permute", "f32:2,3", {"axes": (0, 0)}, "not a permutation"),
+    ("slice", "f32:4", {"axis": 1, "start": 0, "stop": 1}, "axis 1 is outside"),
     ("slice", "f32:t", {"axis": 0, "start": 0, "stop": 1}, "slice needs a static dim, got t"),
     ("slice", "f32:4", {"axis": 0, "start": 2, "stop": 5}, "is not inside 0..4"),
     ("slice", "f32:4", {"axis": 0, "start": 2, "stop": 2}, "is not inside"),
     ("slice", "f32:4", {"axis": 0, "start": 0, "stop": 2, "step": 0}, "is not inside"),
-    ("concat", "", {"axis": 0}, "at least one operand"), ("concat", "f32:t,4 f32:t,4", {"axis": 0}, "concat needs a static dim"),
-    ("concat", "f32:2,4 f32:3,4", {"axis": 1}, "does not join"), ("concat", "f32:2 i32:2", {"axis": 0}, "does not join"),
+    ("concat", "", {"axis": 0}, "at least one operand"),
+    ("concat", "f32:t,4 f32:t,4", {"axis": 0}, "concat needs a static dim"),
+    ("concat", "f32:2,4 f32:3,4", {"axis": 1}, "does not join"),
+    ("concat", "f32:2 i32:2", {"axis": 0}, "does not join"),
     ("concat", "f32:2 f32:2,1", {"axis": 0}, "does not join"),
-    ("expand", "f32:2,3", {"shape": (3,)}, "cannot expand to rank 1"), ("expand", "f32:2", {"shape": (3,)}, "cannot expand"),
+    ("expand", "f32:2,3", {"shape": (3,)}, "cannot expand to rank 1"),
+    ("expand", "f32:2", {"shape": (3,)}, "cannot expand"),
     ("expand", "f32:1", {"shape": (T, 1)}, "a symbolic dim must be the operand's own"),
-    ("gather_rows", "f32:t,4 f32:2", {}, "rows must be i32"), ("sum", "f32:t,4", {"axes": (0,)}, "reduction needs a static"),
+    ("gather_rows", "f32:t,4 f32:2", {}, "rows must be i32"),
+    ("sum", "f32:t,4", {"axes": (0,)}, "reduction needs a static"),
     ("max", "f32:4", {"axes": (-1,)}, "axis -1 is outside"), ("mean", "f32:4", {"axes": (1,)}, "axis 1 is outside"),
     ("embedding", "f32:t f32:6,4", {}, "needs i32 ids"), ("embedding", "i32:t f32:6", {}, "needs i32 ids"),
     ("linear", "f32:t,4 f32:6,5", {}, "last dim of x"), ("linear", "bf16:t,4 f32:6,4", {}, "insert a cast"),
@@ -280,7 +287,8 @@ REFUSED = [
     ("layer_norm", "f32:t,4 _ f32:5", {"eps": 1.0}, "must match the trailing dims"),
     ("rotary", "f32:t,8 f32:t,2 f32:t,2", {}, "needs x"), ("rotary", "f32:t,2,8 f32:t,2 f32:t,3", {}, "needs x"),
     ("rotary", "f32:t,2,8 f32: f32:", {}, "needs x"),
-    ("rotary", "f32:t,2,8 f32:t,5 f32:t,5", {}, "at most dim/2"), ("rotary", "f32:t,2,8 f32:3,4 f32:3,4", {}, "same tokens"),
+    ("rotary", "f32:t,2,8 f32:t,5 f32:t,5", {}, "at most dim/2"),
+    ("rotary", "f32:t,2,8 f32:3,4 f32:3,4", {}, "same tokens"),
     ("pack_linear", "f32:t,4", {"tile": 4, "pair": 1, "k_multiple": 1}, "must be static"),
     ("pack_linear", "f32:4", {"tile": 4, "pair": 1, "k_multiple": 1}, "must be static"),
     ("pack_linear", "f32:4,4", {"tile": 0, "pair": 1, "k_multiple": 1}, "must be positive"),
@@ -293,7 +301,8 @@ REFUSED = [
     ("packed_linear", "f32:t,4 f32:2,4,4,2 f32:5", {"n": 6, "k": 4}, "bias must have n"),
     ("packed_embedding", "f32:t f32:2,4,4,2", {"n": 6, "k": 4}, "ids must be i32"),
     ("packed_embedding", "i32:t f32:2,4,4", {"n": 6, "k": 4}, "packed by pack_linear"),
-    ("interleave", "f32:4 f32:6", {"group": 2}, "must be equal"), ("interleave", "f32:3 f32:3", {"group": 2}, "multiple of 2"),
+    ("interleave", "f32:4 f32:6", {"group": 2}, "must be equal"),
+    ("interleave", "f32:3 f32:3", {"group": 2}, "multiple of 2"),
     ("interleave", "f32:4 f32:4", {"group": 0}, "multiple of 0"),
     ("attention", "f32:t,4,6 f32:t,2,5 f32:t,2,3", {"scale": 1.0, "slot": 0}, r"q must be \[tokens, heads, 5\]"),
     ("attention", "f32:t,3,6 f32:t,2,6 f32:t,2,3", {"scale": 1.0, "slot": 0}, "3 query heads do not share 2"),
@@ -325,7 +334,8 @@ def test_type_rules_only_raise_verify_errors() -> None:
     def random_type() -> Any:
         if rng.random() < 0.1:
             return STATE
-        return TensorType(dtypes[rng.integers(len(dtypes))], tuple(dims[i] for i in rng.integers(6, size=rng.integers(5))))
+        shape = tuple(dims[i] for i in rng.integers(6, size=rng.integers(5)))
+        return TensorType(dtypes[rng.integers(len(dtypes))], shape)
 
     for case in CASES:
         attrs = ops.get(case.op).check_attrs(case.attrs)

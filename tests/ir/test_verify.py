@@ -101,7 +101,8 @@ STATE = """graph g (t<=4) {
   REST
   return %s1
 }"""
-READ = "%o = paged_attention %k, STATE, %starts, %lens, %table {scale=1.0, score=score, visible=(le k_pos q_pos), first=0}"
+READ = ("%o = paged_attention %k, STATE, %starts, %lens, %table "
+        "{scale=1.0, score=score, visible=(le k_pos q_pos), first=0}")
 
 
 def test_state_is_threaded() -> None:
