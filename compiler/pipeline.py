@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from inferloom.compiler.passes import (
+    bind_dims,
     canonicalize,
     cse,
     dce,
@@ -37,6 +38,7 @@ class Options:
     dtype: DType
     packing: pack_weights.Packing
     block_tokens: int
+    max_tokens: int
     max_seqs: int
     blocks_per_seq: int
 
@@ -62,7 +64,9 @@ def steps(options: Options) -> tuple[Step, ...]:
     """The passes in order."""
     page = partial(page_state.run, dtype=options.dtype, block_tokens=options.block_tokens, seqs=options.max_seqs,
                    blocks_per_seq=options.blocks_per_seq)
+    bounds = {"tokens": options.max_tokens, "rows": options.max_seqs}
     return (
+        Step("bind-dims", partial(bind_dims.run, bounds=bounds), "model", "every later pass sees the artifact's limits"),
         Step("canonicalize", canonicalize.run, "model", "patterns below are written for canonical form"),
         Step("fold-scalars", fold_scalars.run, "model", "patterns match constants, not arithmetic on them"),
         Step("cse", cse.run, "model", "the rotary tables are the same in every layer"),

@@ -5,7 +5,6 @@ Only `config.json` and safetensors are read, never code of the checkpoint. Traci
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import nn
 
 from inferloom.compiler.frontends import hooks, layers
 from inferloom.compiler.frontends.aten import Imported, import_program
+from inferloom.compiler.frontends.hf_config import fix_rope, model_length, read_config, special_ids
 from inferloom.compiler.frontends.skeleton import build_skeleton
 from inferloom.compiler.frontends.weights import CheckpointSource, WeightSource, legacy_name, read_checkpoint, resolve
 from inferloom.ir.errors import UnsupportedError
@@ -57,86 +57,18 @@ def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> Traced
     """
     folder = Path(checkpoint_dir)
     config = read_config(folder)
-    limit = position_limit(config)
-    length = _max_length(config, limit, max_model_len)
-    fix_rope(config, length)
+    length = model_length(config, max_model_len)
+    notes = fix_rope(config, length)
     traced, model = trace_config(config)
     stored = read_checkpoint(folder)
     aliases = tied_names(model)
     wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
               for p in traced.imported.graph.params if not p.source.startswith("buffer:")}
     where = resolve(stored, wanted, aliases, _renamer(model), folder)
-    eos, bos = _special_ids(config, folder)
+    eos, bos = special_ids(config, folder)
     files = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
     return TracedModel(traced.imported.graph, CheckpointSource(where, traced.imported.buffers), folder.resolve().name,
-                       type(model).__name__, int(config.vocab_size), length, eos, bos, files, traced.notes)
-
-
-def read_config(folder: Path) -> Any:
-    """The transformers config of a folder, from `config.json` alone; UnsupportedError when it is not known."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedError(f"{path} is not a config of transformers: {error!r}") from None
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedError(f"{path}: transformers does not know model_type {model_type!r} (code in the checkpoint "
-                               "is never run)")
-    if raw.get("quantization_config"):
-        raise UnsupportedError(f"{path}: quantised checkpoints are not supported; use the original weights")
-    raw.pop("auto_map", None)
-    return CONFIG_MAPPING[model_type].from_dict(raw)
-
-
-def position_limit(config: Any) -> int | None:
-    """How many positions the model was made for, or None when it has no limit (ALiBi)."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def _max_length(config: Any, limit: int | None, wanted: int | None) -> int:
-    if wanted is None:
-        return limit or 2048
-    if wanted < 1 or (limit is not None and wanted > limit and config.model_type not in ("bloom", "mpt")):
-        raise UnsupportedError(f"max_model_len={wanted} is not within the 1 to {limit} positions of the model")
-    return wanted
-
-
-def fix_rope(config: Any, max_model_len: int) -> None:
-    """Decide at compile time what rotary embeddings would decide per batch; UnsupportedError where that changes them.
-
-    `longrope` takes its long factors when the model may run past its original length; `dynamic` rescales
-    by the length of each sequence and is refused beyond it.
-    """
-    for rope in rope_parameters(config):
-        kind = rope.get("rope_type", "default")
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None) or position_limit(config)
-        if kind == "dynamic":
-            if original is not None and max_model_len > original:
-                raise UnsupportedError(f"dynamic rope rescales with every sequence past {original} tokens; compile "
-                                       f"with max_model_len <= {original}")
-            rope["rope_type"] = "default"
-        elif kind == "longrope":
-            chosen = "long_factor" if original is not None and max_model_len > original else "short_factor"
-            rope["short_factor"] = rope["long_factor"] = rope[chosen]
-
-
-def rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The rope parameters of a config, one set or one per layer type."""
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict):
-        return []
-    return [r for r in rope.values() if isinstance(r, dict)] if any(
-        isinstance(r, dict) for r in rope.values()) else [rope]
+                       type(model).__name__, int(config.vocab_size), length, eos, bos, files, (*notes, *traced.notes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,13 +178,3 @@ def _renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
         return name, converter is not None
 
     return rename
-
-
-def _special_ids(config: Any, folder: Path) -> tuple[tuple[int, ...], int | None]:
-    """End and begin tokens: of generation_config.json where it names them, else of config.json."""
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    eos = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
-    bos = generation.get("bos_token_id", getattr(config, "bos_token_id", None))
-    many = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return tuple(dict.fromkeys(int(e) for e in many)), None if bos is None else int(bos)

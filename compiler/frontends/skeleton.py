@@ -30,10 +30,21 @@ def build_skeleton(config: Any) -> Any:
         model.eval()
         model.tie_weights()
         restore_buffers(model)
+        pin_rope(model)
     finally:
         torch.set_default_dtype(dtype)
     strip_parameters(model)
     return model
+
+
+def pin_rope(model: nn.Module) -> None:
+    """Stop longrope modules from choosing their factors anew for each batch (`hf_config.fix_rope` has chosen)."""
+    for module in model.modules():
+        kind: Any = getattr(module, "rope_type", None)
+        if kind == "longrope":
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = {k: "default" if v == "longrope" else v for k, v in kind.items()}
 
 
 def restore_buffers(model: Any) -> None:
