@@ -64,11 +64,20 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def config(name: str) -> Any:
-    """A fresh transformers config of one entry."""
+def config(name: str, layers: int = 0) -> Any:
+    """A fresh transformers config of one entry, with another (even) number of layers when `layers` is given."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type, options = ZOO[name]
+    options = dict(options)
+    if layers:
+        depth = next(k for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in options)
+        options[depth] = layers
+        for kinds in ("layer_types", "no_rope_layers"):
+            if kinds in options:
+                options[kinds] = (options[kinds] * layers)[:layers]
+        if "attention_types" in options:
+            options["attention_types"] = [[options["attention_types"][0][0], layers // 2]]
     return CONFIG_MAPPING[model_type](**options)
 
 

@@ -59,8 +59,8 @@ def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> Traced
     config = read_config(folder)
     length = model_length(config, max_model_len)
     notes = fix_rope(config, length)
-    traced, model = trace_config(config)
     stored = read_checkpoint(folder)
+    traced, model = trace_config(config)
     aliases = tied_names(model)
     wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
               for p in traced.imported.graph.params if not p.source.startswith("buffer:")}

@@ -100,7 +100,10 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted({str(s) for s in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedError(f"{index} is damaged: {error!r}") from None
     elif (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     else:

@@ -1,0 +1,86 @@
+"""Tracing distinct layers and repeating them gives the graph of the whole trace, or falls back to it and says so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from inferloom.compiler.frontends import hooks, huggingface, layers
+from inferloom.compiler.frontends.skeleton import build_skeleton
+from inferloom.ir.text import print_graph
+from tests import zoo
+
+QUICK = {"qwen2_window", "bloom"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO])
+def test_repeated_equals_whole(name: str) -> None:
+    repeated, _ = huggingface.trace_config(zoo.config(name, 8))
+    whole, _ = huggingface.trace_config(zoo.config(name, 8), whole=True)
+    assert repeated.notes == ()
+    assert print_graph(repeated.imported.graph) == print_graph(whole.imported.graph)
+    assert repeated.imported.buffers.keys() == whole.imported.buffers.keys()
+    for source, value in repeated.imported.buffers.items():
+        assert np.array_equal(value, whole.imported.buffers[source])
+
+
+def test_kinds_and_what_is_traced() -> None:
+    model = build_skeleton(zoo.config("gemma3_text", 8))
+    found = layers.find_layers(model)
+    assert found is not None and found.path == "model.layers"
+    assert found.kinds == (0, 1, 0, 0, 1, 0, 0, 1)  # sliding, full, sliding, sliding, ...
+    assert found.traced() == [0, 1, 2, 4, 6, 7]
+
+
+def test_fingerprints_see_attributes_and_shapes_but_not_the_place() -> None:
+    model = build_skeleton(zoo.config("llama", 8))
+    prints = [layers.fingerprint(layer) for layer in model.model.layers]
+    assert len(set(prints)) == 1
+    model.model.layers[3].self_attn.scaling *= 2
+    model.model.layers[4].mlp.act_fn = model.model.norm
+    assert len({layers.fingerprint(layer) for layer in model.model.layers}) == 3
+
+
+def test_skipping_restores_the_model() -> None:
+    model = build_skeleton(zoo.config("llama", 8))
+    before = list(model.model.layers)
+    found = layers.find_layers(model)
+    assert found is not None
+    with layers.skipping(found):
+        assert list(model.model.layers) != before
+    assert list(model.model.layers) == before and not any(m._forward_hooks for m in before)
+
+
+def test_a_layer_that_depends_on_its_place_is_traced_whole() -> None:
+    model = build_skeleton(zoo.config("llama", 8))
+    cls = type(model.model.layers[0].mlp)
+    original = cls.forward
+
+    def scaled(self, x):
+        place = next(i for i, layer in enumerate(model.model.layers) if getattr(layer, "mlp", None) is self)
+        return original(self, x) * float(place + 2)
+
+    cls.forward = scaled
+    try:
+        with hooks.installed(model):
+            traced = huggingface.trace_repeated(model)
+    finally:
+        cls.forward = original
+    assert "trace differently" in traced.notes[0] and "traced as a whole" in traced.notes[0]
+    assert sum(n.op == "attention" for n in traced.imported.graph.nodes) == 8
+
+
+def test_values_between_layers_are_traced_whole() -> None:
+    """A model that adds the embeddings to the stream after every layer hands on two values."""
+    model = build_skeleton(zoo.config("llama", 8))
+
+    def add(module, args, kwargs, output):
+        return output * 1.5
+
+    with hooks.installed(model):
+        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in model.model.layers]
+        traced = huggingface.trace_repeated(model)
+        for handle in handles:
+            handle.remove()
+    scaled = sum(n.op == "mul" and "test_layers" in n.loc for n in traced.imported.graph.nodes)
+    assert sum(n.op == "attention" for n in traced.imported.graph.nodes) == 8 and scaled in (0, 8)
