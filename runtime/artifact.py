@@ -20,11 +20,12 @@ from blake3 import blake3
 
 from inferloom.runtime import manifest as manifests
 from inferloom.runtime.errors import ArtifactError
-from inferloom.runtime.manifest import KERNELS_FILE, FileInfo, Manifest
+from inferloom.runtime.manifest import KERNELS_FILE, MANIFEST, SEAL, FileInfo, Manifest
+from inferloom.runtime.publish import publish, staging
 from inferloom.runtime.safetensors import read_header
 from inferloom.runtime.weights import Weights, load_verified, load_weights
 
-SEAL, MANIFEST = "SEAL", "manifest.json"
+__all__ = ["Artifact", "host_features", "publish", "seal", "staging"]
 _MAX_MANIFEST = 64 << 20
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]*")
 _HASH = re.compile(r"[0-9a-f]{64}")

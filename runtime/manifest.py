@@ -22,6 +22,7 @@ MAX_ARGS = 16
 """Pointers that a kernel takes."""
 Q_TILE = 16
 """Tokens of one attention tile."""
+SEAL, MANIFEST = "SEAL", "manifest.json"
 KERNELS_FILE = "kernels/kernels.so"
 
 Space = Literal["workspace", "weights", "state", "input"]

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from inferloom.runtime.artifact import MANIFEST, SEAL
 from inferloom.runtime.errors import ArtifactError
+from inferloom.runtime.manifest import MANIFEST, SEAL
 
 
 @contextmanager

@@ -1,0 +1,170 @@
+"""CPU: one library of kernels, one plan of calls, four regions of memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inferloom.runtime.artifact import Artifact
+from inferloom.runtime.device.base import StepBatch, check_batch, make_q_tiles, used_blocks
+from inferloom.runtime.device.library import KernelLibrary
+from inferloom.runtime.errors import ArtifactError, RequestError
+from inferloom.runtime.manifest import KERNELS_FILE, MAX_ARGS, Manifest, inputs_layout
+from inferloom.runtime.memory import Arena
+
+_RAGGED = ("tokens", "positions", "slots", "seq_starts", "kv_lens", "logit_rows")
+
+
+class _Call(ctypes.Structure):
+    """il_call of the kernels' ABI."""
+
+    _fields_ = [("fn", ctypes.c_void_p), ("args", ctypes.c_void_p * MAX_ARGS), ("dim", ctypes.c_int32),
+                ("tile", ctypes.c_int32), ("mult", ctypes.c_int32), ("flags", ctypes.c_int32)]
+
+
+class CpuDevice:
+    """An artifact on the cores of this machine. See `Device` for what it does.
+
+    Give `num_blocks`, or `memory_bytes` for everything together, of which the state gets what the rest leaves.
+    `threads` defaults to the cores this process may use. ArtifactError when the artifact is damaged, was compiled
+    for another chip, or does not fit; RequestError on arguments that make no sense.
+    """
+
+    def __init__(self, artifact: Artifact, num_blocks: int | None = None, memory_bytes: int | None = None,
+                 threads: int | None = None) -> None:
+        m = self.manifest = artifact.manifest
+        self.num_blocks = plan_blocks(m, num_blocks, memory_bytes)
+        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        if not 1 <= self.threads <= 256:
+            raise RequestError(f"threads={self.threads} must be 1 to 256")
+        artifact.check_chip()
+        self._library = KernelLibrary(artifact.read(KERNELS_FILE), str(artifact.path / KERNELS_FILE))
+        self._closed = False
+        try:
+            self._weights = artifact.load_weights()
+            self._workspace = Arena(m.memory.workspace, "the workspace")
+            self._inputs = Arena(m.memory.inputs, "the step inputs")
+            self._state = Arena(self.num_blocks * m.state.bytes_per_block, f"{self.num_blocks} blocks of state")
+            self._blocks = self._state.bytes.reshape(self.num_blocks, m.state.bytes_per_block)
+            self._views = {}
+            for name, (offset, shape) in inputs_layout(m.dims)[0].items():
+                self._views[name] = np.ndarray(shape, np.int32, self._inputs.bytes, offset)
+            self._calls = self._plan()
+            self._dims = (ctypes.c_int32 * 4)()
+            self._library.threads(self.threads)
+        except BaseException:
+            self.close()
+            raise
+
+    def step(self, batch: StepBatch) -> NDArray[np.float32]:
+        return self._run(batch, None)
+
+    def profile(self, batch: StepBatch) -> list[tuple[str, int]]:
+        """Run a step; the kernel's symbol and nanoseconds of each call, in order."""
+        ns = (ctypes.c_uint64 * max(len(self._calls), 1))()
+        self._run(batch, ctypes.addressof(ns))
+        return [(self.manifest.kernels[call.kernel].symbol, int(t)) for call, t in zip(self.manifest.plan, ns)]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for pair in pairs:
+            for block in pair:
+                self._check_block(block)
+        for source, destination in pairs:
+            self._blocks[destination] = self._blocks[source]
+
+    def read_block(self, block: int) -> bytes:
+        self._check_block(block)
+        return self._blocks[block].tobytes()
+
+    def write_block(self, block: int, data: bytes) -> None:
+        self._check_block(block)
+        if len(data) != self._blocks.shape[1]:
+            raise RequestError(f"a block of state has {self._blocks.shape[1]} bytes, got {len(data)}")
+        self._blocks[block] = np.frombuffer(data, np.uint8)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._library.close()
+            # Unmapped once no logits of the last step are held any more.
+            self.__dict__.pop("_weights", None)
+            for name in ("_workspace", "_inputs", "_state", "_blocks", "_views", "_calls"):
+                self.__dict__.pop(name, None)
+
+    def __enter__(self) -> CpuDevice:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, batch: StepBatch, ns: int | None) -> NDArray[np.float32]:
+        self._check_open()
+        m, views = self.manifest, self._views
+        check_batch(batch, m, self.num_blocks)
+        for name in _RAGGED:
+            array = getattr(batch, name)
+            views[name][: len(array)] = array
+        seqs, width = batch.block_tables.shape
+        # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block.
+        views["block_tables"][:seqs, :width] = np.where(used_blocks(batch, m.state.block_tokens),
+                                                        batch.block_tables, 0)
+        views["block_tables"][:seqs, width:] = 0
+        tiles = make_q_tiles(batch.seq_starts)
+        views["q_tiles"][: len(tiles)] = tiles
+        rows = len(batch.logit_rows)
+        self._dims[:] = [len(batch.tokens), seqs, rows, len(tiles)]
+        self._library.step(ctypes.addressof(self._calls), len(m.plan), ctypes.addressof(self._dims), ns)
+        out = m.output
+        return np.ndarray((rows, out.vocab), np.float32, self._workspace.bytes, out.offset, (out.ld * 4, 4))
+
+    def _plan(self) -> ctypes.Array[_Call]:
+        m = self.manifest
+        bases = {"workspace": self._workspace.address, "weights": self._weights.address,
+                 "state": self._state.address, "input": self._inputs.address}
+        functions = [self._library.symbol(k.symbol) for k in m.kernels]
+        calls = (_Call * max(len(m.plan), 1))()
+        for slot, call in zip(calls, m.plan):
+            grid = m.kernels[call.kernel].grid
+            slot.fn = functions[call.kernel]
+            slot.dim, slot.tile, slot.mult = grid.dim, grid.tile, grid.mult
+            for i, arg in enumerate(call.args):
+                if arg.name is not None:
+                    slot.args[i] = self._views[arg.name].ctypes.data
+                elif arg.offset is not None:
+                    slot.args[i] = bases[arg.space] + arg.offset
+        return calls
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError("the device is closed")
+
+    def _check_block(self, block: int) -> None:
+        self._check_open()
+        if not 0 <= block < self.num_blocks:
+            raise RequestError(f"block {block} does not exist: there are {self.num_blocks}")
+
+
+def plan_blocks(m: Manifest, num_blocks: int | None, memory_bytes: int | None) -> int:
+    """How many blocks of state the device gets. ArtifactError, with the arithmetic, when not even one fits."""
+    if (num_blocks is None) == (memory_bytes is None):
+        raise RequestError("give either num_blocks or memory_bytes")
+    most = (2**31 - 1) // m.state.block_tokens  # slots are int32
+    if num_blocks is not None:
+        if not 1 <= num_blocks <= most:
+            raise RequestError(f"num_blocks={num_blocks} must be 1 to {most}")
+        return num_blocks
+    mem, block = m.memory, m.state.bytes_per_block
+    weights = m.files[m.weights.file].bytes  # the file as a whole is in memory, its header included
+    fixed = weights + mem.workspace + mem.inputs
+    if memory_bytes is None or memory_bytes < fixed + block:
+        raise ArtifactError(
+            f"{m.model.name} needs {fixed + block:,} bytes of memory and was given {memory_bytes:,}: "
+            f"weights {weights:,} + workspace {mem.workspace:,} + inputs {mem.inputs:,} + one block of "
+            f"{m.state.block_tokens} tokens {block:,}; give more memory, or compile with smaller limits")
+    return min((memory_bytes - fixed) // block, most)
