@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from inferloom.cache import CompileOptions, Progress, compile_cached, is_artifact, is_checkpoint, require_compiler
-from inferloom.cache import resolve as resolve
 from inferloom.errors import UsageError
 
 
 def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str | os.PathLike[str] | None = None, *,
-            max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64, block_tokens: int = 32,
-            force: bool = False, progress: Progress | None = None) -> Path:
-    """Compile a checkpoint folder, or an `nn.Module` in memory, into an artifact; returns the artifact's folder.
+            max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
+            max_seqs: int = 64, block_tokens: int = 32, force: bool = False,
+            progress: Progress | None = None) -> Path:
+    """Compile a checkpoint folder or a module into an artifact; returns the artifact's folder.
 
-    `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32` or `bf16`. Without `out` a
-    checkpoint goes into the cache, keyed by content. An artifact that is already at `out` is replaced only if
-    `force`, and only once the new one is complete. `progress` is called with a line of text for each stage.
-    Raises `UsageError`, `MissingExtraError`, or `UnsupportedError` for a model or chip that cannot be compiled.
+    `model_or_path` is a checkpoint, a `TracedModel` of one of the front ends, or an `nn.Module` that maps
+    (tokens, positions), both i64[tokens], to logits [tokens, vocab_size]; a module needs `vocab_size`,
+    `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32` or
+    `bf16`. Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
+    is replaced only if `force`, and only once the new one is complete. `progress` is called with a line of text for
+    each stage. Raises `UsageError`, `MissingExtraError`, or `UnsupportedError` for what cannot be compiled.
     """
     options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens)
     from_path = isinstance(model_or_path, str | os.PathLike)
@@ -30,30 +31,31 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
         if not is_checkpoint(model_or_path):
             raise UsageError(f"{model_or_path} is not a checkpoint: it needs config.json and *.safetensors"
                              + (" (it is an artifact, already compiled)" if is_artifact(model_or_path) else ""))
-    if out is None:
-        if not from_path:
-            raise UsageError("out= is needed to compile a module that is not a checkpoint on disk")
-        return compile_cached(model_or_path, options, progress)
+        if out is None:
+            return compile_cached(model_or_path, options, progress)
+    elif out is None:
+        raise UsageError("out= is needed to compile a module: the cache holds checkpoints only")
     target = Path(out).expanduser()
     require_compiler("compiling")
-    _check_free(target, force)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not is_artifact(target):
+            raise UsageError(f"{target} exists and is not an artifact; give another folder")
+        if not force:
+            raise UsageError(f"{target} holds an artifact already; replace it with --force (force=True), or give "
+                             "another folder")
     from inferloom.compiler.build import compile_model
 
-    if not target.exists():
-        return compile_model(model_or_path, target, **asdict(options), progress=progress)
-    fresh, old = (target.with_name(f".{target.name}.{name}.{os.getpid()}") for name in ("new", "old"))
-    compile_model(model_or_path, fresh, **asdict(options), progress=progress)
-    target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old)
-    return target
+    if not from_path:
+        model_or_path = _traced(model_or_path, vocab_size, max_model_len)
+    return compile_model(model_or_path, target, **asdict(options), progress=progress)
 
 
-def _check_free(target: Path, force: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not is_artifact(target):
-        raise UsageError(f"{target} exists and is not an artifact; give another folder")
-    if not force:
-        raise UsageError(f"{target} holds an artifact already; replace it with --force (force=True), or give "
-                         "another folder")
+def _traced(module: Any, vocab_size: int | None, max_model_len: int | None) -> Any:
+    from inferloom.compiler.frontends.huggingface import TracedModel
+    from inferloom.compiler.frontends.module import trace_module
+
+    if isinstance(module, TracedModel):
+        return module
+    if vocab_size is None or max_model_len is None:
+        raise UsageError("compiling a module needs vocab_size= and max_model_len=")
+    return trace_module(module, vocab_size=vocab_size, max_model_len=max_model_len)
