@@ -27,7 +27,8 @@ def step_cost(artifact: Path) -> Cost:
     itemsize = {"fp32": 4, "bf16": 2}[manifest["model"]["dtype"]]
     read: dict[int, int] = {}
     per_token = per_row = 0
-    for call in manifest["plan"]:
+    last = max(i for i, call in enumerate(manifest["plan"]) if _writes(call, manifest["output"]["offset"]))
+    for number, call in enumerate(manifest["plan"]):
         kernel: dict[str, Any] = manifest["kernels"][call["kernel"]]
         if kernel["kind"] != "matmul":
             continue
@@ -35,11 +36,16 @@ def step_cost(artifact: Path) -> Cost:
         sizes = {offset: tensors[offset] for offset in offsets if offset in tensors}
         read |= sizes
         flops = 2 * sum(size // itemsize for size in sizes.values())
-        if kernel["grid"]["dim"] == 2:
+        if number == last:
             per_row += flops
         else:
             per_token += flops
     return Cost(sum(read.values()), per_token, per_row)
+
+
+def _writes(call: dict[str, Any], offset: int) -> bool:
+    """Whether an operand or result of `call` lies where the logits do; the last such call makes the logits."""
+    return any(arg["space"] == "workspace" and arg["offset"] == offset for arg in call["args"])
 
 
 def _tensors(file: Path) -> dict[int, int]:

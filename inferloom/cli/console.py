@@ -14,7 +14,9 @@ from rich.table import Table
 
 from inferloom.cache import Progress
 
-out = Console(highlight=False, soft_wrap=True)
+_PIPE_WIDTH = 160  # columns of tables that no terminal shows
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

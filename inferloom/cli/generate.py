@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from inferloom.cli import options
-from inferloom.cli.console import emit, err, out, progress, set_json
-from inferloom.errors import UsageError
+from inferloom.cli.console import emit, err, progress, set_json
+from inferloom.errors import InferloomError, UsageError
 
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")]
@@ -49,7 +49,7 @@ def run(
         raise UsageError("--logprobs needs --json")
     text = sys.stdin.read() if prompt == "-" else prompt
     params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-                              "min_p": min_p, "seed": seed, "n": n, "stop": stop or [], "logprobs": logprobs}
+                              "min_p": min_p, "seed": seed, "n": n, "stop": tuple(stop or ()), "logprobs": logprobs}
     start = time.perf_counter()
     arguments = _arguments(chip, dtype, max_model_len, threads, memory)
     if json_ or n > 1:
@@ -64,7 +64,7 @@ def _run_whole(model: Any, text: str, params: dict[str, Any], arguments: dict[st
 
     with progress(f"loading {model}") as report, LLM(model, progress=report, **arguments) as llm:
         loaded = time.perf_counter()
-        (result,) = llm.generate([text], SamplingParams(**params))
+        result = _checked(llm.generate([text], SamplingParams(**params))[0])
     ended = time.perf_counter()
     outputs = [{"index": o.index, "text": o.text, "token_ids": list(o.token_ids), "finish_reason": o.finish_reason,
                 "logprobs": _logprobs(o.logprobs)} for o in result.outputs]
@@ -93,7 +93,7 @@ async def _run_stream(model: Any, text: str, params: dict[str, Any], arguments: 
         first, shown, last = None, 0, None
         async for last in llm.generate(text, SamplingParams(**params)):
             first = first or time.perf_counter()
-            shown = _write_new(last.outputs[0].text, shown)
+            shown = _write_new(_checked(last).outputs[0].text, shown)
         sys.stdout.write("\n")
     finally:
         await llm.close()
@@ -141,7 +141,7 @@ async def _chat(model: Any, system: str | None, params: dict[str, Any], argument
             prompt = llm.tokenizer.apply_chat_template(messages)
             shown, last = 0, None
             async for last in llm.generate(prompt, SamplingParams(**params)):
-                shown = _write_new(last.outputs[0].text, shown)
+                shown = _write_new(_checked(last).outputs[0].text, shown)
             sys.stdout.write("\n")
             messages.append({"role": "assistant", "content": last.outputs[0].text if last else ""})
     finally:
@@ -172,11 +172,19 @@ def _write_new(text: str, shown: int) -> int:
     return len(text)
 
 
-def _logprobs(values: Any) -> Any:
-    """Per token, a map from token id (as text: JSON) to log-probability."""
-    if values is None:
+def _checked(result: Any) -> Any:
+    """The result, unless its request failed."""
+    if result.error:
+        raise InferloomError(f"the request failed: {result.error}")
+    return result
+
+
+def _logprobs(steps: Any) -> Any:
+    """Per token, a map from token id (as text, since it is JSON) to log-probability and rank."""
+    if steps is None:
         return None
-    return [{str(token): getattr(value, "logprob", value) for token, value in step.items()} for step in values]
+    return [{str(token): {"logprob": value.logprob, "rank": value.rank} for token, value in step.items()}
+            for step in steps]
 
 
 def _say_stats(load: float, first: float | None, total: float, prompt: int, made: int) -> None:
@@ -187,4 +195,3 @@ def _say_stats(load: float, first: float | None, total: float, prompt: int, made
             parts.append(f"then {(made - 1) / (total - first):.1f} tok/s")
     parts.append(f"{made} tokens in {total:.2f} s")
     err.print(f"[dim]{', '.join(parts)}[/]")
-    out.file.flush()

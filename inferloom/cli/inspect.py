@@ -123,8 +123,9 @@ def _grid(grid: dict[str, int]) -> str:
 
 def _short(sources: list[str]) -> list[str]:
     """Source lines without the long part of their path, lines of one file together."""
-    pairs = sorted({(s.rpartition(":")[0].rsplit("site-packages/", 1)[-1], s.rpartition(":")[2]) for s in sources})
-    return [f"{file}:{','.join(line for _, line in lines)}" for file, lines in groupby(pairs, key=lambda p: p[0])]
+    places = {place.rsplit("site-packages/", 1)[-1] for source in sources for place in source.split(", ")}
+    pairs = sorted({(file, int(line)) for file, _, line in (p.rpartition(":") for p in places) if line.isdigit()})
+    return [f"{file}:{','.join(str(line) for _, line in lines)}" for file, lines in groupby(pairs, key=lambda p: p[0])]
 
 
 def phases(path: Path) -> list[Path]:
