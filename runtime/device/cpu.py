@@ -66,7 +66,7 @@ class CpuDevice:
 
     def profile(self, batch: StepBatch) -> list[tuple[str, int]]:
         """Run a step; the kernel's symbol and nanoseconds of each call, in order."""
-        ns = (ctypes.c_uint64 * max(len(self._calls), 1))()
+        ns = (ctypes.c_uint64 * max(len(self.manifest.plan), 1))()
         self._run(batch, ctypes.addressof(ns))
         return [(self.manifest.kernels[call.kernel].symbol, int(t)) for call, t in zip(self.manifest.plan, ns)]
 

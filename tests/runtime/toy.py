@@ -94,6 +94,6 @@ def write_toy(folder: Path, library: bytes | None = None, changes: dict | None =
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     weights = np.zeros(16, np.float32)
     weights[:VOCAB] = np.arange(VOCAB)
-    header = safetensors.write(folder / "weights" / "model.safetensors", [("w", "F32", (16,))], [weights.tobytes()])
+    header = safetensors.write(folder / "weights" / "model.safetensors", [("scale", "F32", (16,))], [weights.tobytes()])
     assert header.data_offset == 128
     return seal(folder, Manifest.from_json(toy_manifest() | (changes or {})))
