@@ -11,7 +11,7 @@ FOLDERS := ir compiler targets runtime models benchmarks
 PROMPT ?= def read_lines(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-artifact demo test lint docs check-docs unit thin slow clean
+.PHONY: help install demo-artifact demo test lint ruff mypy contracts docs check-docs unit thin slow clean
 
 help:
 	@echo "make demo   install into $(VENV), compile the demo model for this CPU, generate text"
@@ -46,11 +46,17 @@ build/tree: $(INSTALLED)
 
 lint: $(INSTALLED)
 	@rm -rf build/tree && $(MAKE) --no-print-directory build/tree
-	@echo "==> ruff"; $(BIN)/ruff check --quiet .
+	@$(MAKE) --no-print-directory -k ruff mypy contracts check-docs
+
+ruff:
+	@echo "==> ruff"; $(BIN)/ruff check --quiet --output-format concise .
+
+mypy:
 	@echo "==> mypy"; MYPYPATH=build/tree $(BIN)/mypy --no-error-summary --cache-dir build/mypy -p inferloom
-	@echo "==> import contracts"; cd build/tree && $(abspath $(BIN))/lint-imports --no-cache --config $(CURDIR)/pyproject.toml \
-		> ../lint-imports.txt || { cat ../lint-imports.txt; exit 1; }
-	@$(MAKE) --no-print-directory check-docs
+
+contracts:
+	@echo "==> import contracts"; cd build/tree && $(abspath $(BIN))/lint-imports --no-cache \
+		--config $(CURDIR)/pyproject.toml > ../contracts.txt || { cat ../contracts.txt; exit 1; }
 
 docs: $(INSTALLED)
 	@$(BIN)/python -m inferloom.ir.docs docs/ops.md
