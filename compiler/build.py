@@ -26,7 +26,8 @@ from inferloom.ir.text import print_graph
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.runtime import manifest as m
 from inferloom.runtime import safetensors
-from inferloom.runtime.artifact import publish, seal, staging
+from inferloom.runtime.artifact import seal
+from inferloom.runtime.publish import publish, staging
 from inferloom.targets.base import CompiledModule
 from inferloom.targets.chips import Chip, find
 from inferloom.targets.tvm.codegen import compile_kernels

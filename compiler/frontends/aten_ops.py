@@ -353,6 +353,11 @@ def pow_(im: Importer, x: Any, y: Any) -> Traced:
     return im.elementwise("pow", x, y)
 
 
+@lowers("aten.square.default")
+def square(im: Importer, x: Any) -> Traced:
+    return im.elementwise("mul", x, x)
+
+
 @lowers("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
 def clamp(im: Importer, x: Any, low: Any = None, high: Any = None, **kwargs: Any) -> Traced:
     if "max" in str(im.node.target):  # type: ignore[union-attr]

@@ -7,26 +7,36 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from inferloom.compiler.frontends import hooks, layers
 from inferloom.compiler.frontends.aten import Imported, import_program
-from inferloom.compiler.frontends.hf_config import fix_rope, model_length, read_config, special_ids
-from inferloom.compiler.frontends.skeleton import build_skeleton
-from inferloom.compiler.frontends.weights import CheckpointSource, WeightSource, legacy_name, read_checkpoint, resolve
+from inferloom.compiler.frontends.hf_config import fix_rope, model_length, position_limit, read_config, special_ids
+from inferloom.compiler.frontends.skeleton import Stored, build_skeleton
+from inferloom.compiler.frontends.weights import (
+    CheckpointSource,
+    StoredTensor,
+    WeightSource,
+    legacy_name,
+    read_checkpoint,
+    resolve,
+)
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph
 from inferloom.ir.types import Sym
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "generation_config.json")
-TOKENS, ROWS = Sym("tokens", 65536), Sym("rows", 65536)
+#: Bounds while tracing; the compiler sets its own.
+MOST = 65536
+TOKENS, ROWS = Sym("tokens", MOST), Sym("rows", MOST)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +70,7 @@ def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> Traced
     length = model_length(config, max_model_len)
     notes = fix_rope(config, length)
     stored = read_checkpoint(folder)
-    traced, model = trace_config(config)
+    traced, model = trace_config(config, stored=lambda model: stored_buffers(model, stored))
     aliases = tied_names(model)
     wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
               for p in traced.imported.graph.params if not p.source.startswith("buffer:")}
@@ -79,12 +89,13 @@ class ConfigTrace:
     notes: tuple[str, ...] = ()
 
 
-def trace_config(config: Any, whole: bool = False) -> tuple[ConfigTrace, Any]:
+def trace_config(config: Any, whole: bool = False, stored: Stored | None = None) -> tuple[ConfigTrace, Any]:
     """Trace the causal LM of a config; also returns its skeleton (a model without weights).
 
     Each distinct layer is traced a few times and repeated, unless `whole` or the structure does not allow it.
+    `stored(model)` gives the buffers that the checkpoint holds, by name.
     """
-    model = build_skeleton(config)
+    model = build_skeleton(config, stored)
     with hooks.installed(model):
         if whole:
             return ConfigTrace(trace_model(model)), model
@@ -122,14 +133,18 @@ class _Step(nn.Module):
 def trace_model(model: Any) -> Imported:
     """Trace a transformers model whose hooks are installed."""
     ids = torch.zeros(1, 7, dtype=torch.int64)
-    program = export(_Step(model).eval(), (ids, torch.arange(7)[None], torch.zeros(3, dtype=torch.int64)), 1)
+    longest = min(max(position_limit(model.config) or MOST, 8), MOST)
+    program = export(_Step(model).eval(), (ids, torch.arange(7)[None], torch.zeros(3, dtype=torch.int64)), 1, longest)
     return import_program(program, name=model.config.model_type, tokens=TOKENS, rows=ROWS, sources=sources_of(model),
                           prefix="model.")
 
 
-def export(step: nn.Module, inputs: tuple[torch.Tensor, ...], token_axis: int) -> Any:
-    """torch.export with a dynamic number of tokens and of rows; UnsupportedError with torch's reason if it fails."""
-    tokens, rows = torch.export.Dim("T", min=1, max=65536), torch.export.Dim("R", min=1, max=65535)
+def export(step: nn.Module, inputs: tuple[torch.Tensor, ...], token_axis: int, longest: int = MOST) -> Any:
+    """torch.export with a dynamic number of tokens and of rows; UnsupportedError with torch's reason if it fails.
+
+    While traced, the tokens are one sequence of up to `longest`, so that models may compare it with their limit.
+    """
+    tokens, rows = torch.export.Dim("T", min=1, max=longest), torch.export.Dim("R", min=1, max=MOST - 1)
     logger = logging.getLogger("torch.export")
     level = logger.level
     try:
@@ -163,6 +178,16 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return table
 
 
+def stored_buffers(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
+    """Persistent buffers that a checkpoint holds, by the name that they have in the model."""
+    wanted = set(model.state_dict()) & {name for name, _ in model.named_buffers()}
+    if not wanted:
+        return {}
+    rename = _renamer(model)
+    names = {key: rename(key)[0] for key in stored}
+    return {name: stored[key].read() for key, name in names.items() if name in wanted}
+
+
 def _renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
     """Names in checkpoints to names of parameters, as transformers' own loader maps them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -171,7 +196,7 @@ def _renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    expected = dict(model.named_parameters(remove_duplicate=False))
+    expected = model.state_dict(keep_vars=True)
 
     def rename(key: str) -> tuple[str, bool]:
         name, converter = rename_source_key(legacy_name(key), renamings, converters, model.base_model_prefix, expected)

@@ -39,7 +39,7 @@ class LayerList:
 
     def traced(self) -> list[int]:
         """The layers to trace: first, second and last of each kind."""
-        chosen = set()
+        chosen: set[int] = set()
         for kind in set(self.kinds):
             members = [i for i, k in enumerate(self.kinds) if k == kind]
             chosen.update((members[0], members[min(1, len(members) - 1)], members[-1]))

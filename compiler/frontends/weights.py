@@ -156,10 +156,12 @@ def resolve(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, 
     found: dict[str, StoredTensor] = {}
     problems = []
     for name, shape in wanted.items():
-        tensor = next((named[n] for n in (name, *aliases.get(name, ())) if n in named), None)
-        if tensor is None:
+        names = [n for n in (name, *aliases.get(name, ())) if n in named]
+        if not names:
             problems.append(f"{name} {list(shape)} is missing")
-        elif tensor.shape != shape:
+            continue
+        tensor = named[names[0]]
+        if tensor.shape != shape:
             problems.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
         elif tensor.dtype not in ("F32", "F16", "BF16", "F64"):
             problems.append(f"{name} is stored as {tensor.dtype}; quantised checkpoints are not supported")

@@ -1,0 +1,71 @@
+"""Incremental detokenisation: text grows with tokens, never shows half a character, and holds back what may become
+a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+#: A byte-level token may hold a part of a character, which decodes to this until the rest arrives.
+REPLACEMENT = "\ufffd"
+#: Tokens before the new ones that are decoded with them: spaces and merges depend on the neighbour.
+CONTEXT = 6
+
+
+class Tokenizer(Protocol):
+    """What the runtime needs of `tokenizers.Tokenizer`."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+
+class Detokenizer:
+    """The text of one sequence's generated tokens.
+
+    `text` is final: it never changes but by growing. `held` at its end is withheld from streams while it may be
+    the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], skip_special: bool,
+                 include_stop: bool) -> None:
+        self._tokenizer, self._stop, self._skip, self._include = tokenizer, tuple(stop), skip_special, include_stop
+        self._ids = list(prompt[-CONTEXT:])
+        self._read = len(self._ids)  # tokens whose text is in `text`
+        self._prefix = 0  # where decoding starts
+        self.text = ""
+        self.stopped_by: str | None = None
+
+    @property
+    def visible(self) -> str:
+        """The text that may be shown now."""
+        held = 0 if self.stopped_by is not None else max(
+            (size for s in self._stop for size in range(1, len(s)) if self.text.endswith(s[:size])), default=0)
+        return self.text[:len(self.text) - held]
+
+    def append(self, token: int) -> None:
+        """Add a token; `stopped_by` is set when a stop string is complete."""
+        self._ids.append(token)
+        known = self._tokenizer.decode(self._ids[self._prefix:self._read], skip_special_tokens=self._skip)
+        whole = self._tokenizer.decode(self._ids[self._prefix:], skip_special_tokens=self._skip)
+        if len(whole) <= len(known) or whole.endswith(REPLACEMENT):
+            return
+        self._grow(whole[len(known):])
+        self._prefix, self._read = self._read, len(self._ids)
+
+    def finish(self) -> None:
+        """Show what is left, half a character included: no more tokens will come."""
+        known = self._tokenizer.decode(self._ids[self._prefix:self._read], skip_special_tokens=self._skip)
+        whole = self._tokenizer.decode(self._ids[self._prefix:], skip_special_tokens=self._skip)
+        if self.stopped_by is None and len(whole) > len(known):
+            self._grow(whole[len(known):])
+            self._read = len(self._ids)
+
+    def _grow(self, new: str) -> None:
+        start = len(self.text)
+        self.text += new
+        for stop in self._stop:
+            at = self.text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0 and (self.stopped_by is None or at < self.text.find(self.stopped_by)):
+                self.stopped_by = stop
+        if self.stopped_by is not None:
+            at = self.text.find(self.stopped_by, max(0, start - len(self.stopped_by) + 1))
+            self.text = self.text[:at + (len(self.stopped_by) if self._include else 0)]

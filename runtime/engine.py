@@ -1,0 +1,205 @@
+"""The engine: requests in, steps on the device, outputs out. Synchronous, single-threaded, no global state."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+
+from inferloom.runtime.blocks import BlockPool
+from inferloom.runtime.detokenizer import Detokenizer, Tokenizer
+from inferloom.runtime.device.base import Device, StepBatch
+from inferloom.runtime.errors import InferloomError, RequestError
+from inferloom.runtime.outputs import CompletionOutput, RequestOutput
+from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.prefix_cache import PrefixCache
+from inferloom.runtime.request import Request, Sequence
+from inferloom.runtime.sampler import sample
+from inferloom.runtime.scheduler import Limits, Scheduler, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts since the engine started; `prefix_queries` and `prefix_hits` are tokens."""
+
+    steps: int
+    tokens_computed: int
+    tokens_generated: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    blocks: int
+    blocks_available: int
+
+
+class Engine:
+    """Runs requests on a device.
+
+    `salt` separates prefix caches; without `prefix_caching` nothing is shared. Not thread-safe: see AsyncLLM.
+    """
+
+    def __init__(self, device: Device, limits: Limits, vocab_size: int, tokenizer: Tokenizer | None = None,
+                 eos_token_ids: Seq[int] = (), prefix_caching: bool = True, salt: bytes = b"",
+                 seed: int | None = None) -> None:
+        self.device, self.limits, self.vocab_size, self.tokenizer = device, limits, vocab_size, tokenizer
+        self.eos = frozenset(eos_token_ids)
+        self.pool = BlockPool(device.num_blocks)
+        self.cache = PrefixCache(self.pool, limits.block_tokens, salt) if prefix_caching else None
+        self.scheduler = Scheduler(self.pool, limits, self.cache)
+        self.longest = min(limits.max_model_len, device.num_blocks * limits.block_tokens,
+                           limits.blocks_per_seq * limits.block_tokens)
+        self._requests: dict[str, Request] = {}
+        self._texts: dict[Sequence, Detokenizer] = {}
+        self._seeds: dict[str, int] = {}
+        self._arrivals, self._steps, self._computed, self._generated = itertools.count(), 0, 0, 0
+        self._seed = secrets.randbits(64) if seed is None else seed
+
+    def add_request(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, prompt: str | None = None,
+                    priority: int = 0) -> None:
+        """Queue a request. RequestError when it can never run; nothing is queued then."""
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use")
+        if not len(prompt_ids):
+            raise RequestError("the prompt is empty: give at least one token")
+        bad = [t for t in prompt_ids if not 0 <= t < self.vocab_size]
+        if bad:
+            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
+        if any(not 0 <= t < self.vocab_size for t in (*params.logit_bias, *params.stop_token_ids)):
+            raise RequestError(f"logit_bias and stop_token_ids must be inside the vocabulary of {self.vocab_size}")
+        if len(prompt_ids) >= self.longest:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens; with room for one more, at most "
+                               f"{self.longest - 1} fit (max_model_len {self.limits.max_model_len}, "
+                               f"{self.device.num_blocks} blocks of {self.limits.block_tokens} tokens)")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the artifact has none: use stop_token_ids")
+        arrival = next(self._arrivals)
+        request = Request(request_id, prompt, tuple(int(t) for t in prompt_ids), params, arrival, priority)
+        self._requests[request_id] = request
+        self._seeds[request_id] = params.seed if params.seed is not None else (self._seed + arrival) % 2**64
+        for sequence in request.sequences:
+            if self.tokenizer is not None:
+                self._texts[sequence] = Detokenizer(self.tokenizer, request.prompt_ids, params.stop,
+                                                    params.skip_special_tokens, params.include_stop_str_in_output)
+            self.scheduler.add(sequence)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free what it holds; None when it is not (or no longer) there."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self._end(sequence, "abort", None)
+        return self._output(request)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the requests that made progress. A failing device ends all that took part."""
+        work = self.scheduler.schedule()
+        if not work:
+            return []
+        sampling = [w for w in work if w.samples]
+        try:
+            logits = self.device.step(self._batch(work, sampling))
+        except InferloomError as error:
+            return self._fail(work, str(error))
+        self._steps += 1
+        self._computed += sum(w.count for w in work)
+        self.scheduler.finish(work)
+        touched: dict[str, Request] = {}
+        for item, row in zip(sampling, logits, strict=True):
+            self._advance(item.sequence, row)
+            touched[item.sequence.request.id] = item.sequence.request
+        return [self._output(r) for r in touched.values()]
+
+    def _batch(self, work: list[Work], sampling: list[Work]) -> StepBatch:
+        size, counts = self.limits.block_tokens, [w.count for w in work]
+        starts = np.zeros(len(work) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        tokens, positions, slots = (np.empty(int(starts[-1]), np.int32) for _ in range(3))
+        tables = np.zeros((len(work), self.limits.blocks_per_seq), np.int32)
+        lens = np.empty(len(work), np.int32)
+        for i, item in enumerate(work):
+            s, part = item.sequence, slice(starts[i], starts[i + 1])
+            pos = np.arange(s.computed, s.computed + item.count, dtype=np.int32)
+            tables[i, :len(s.blocks)] = s.blocks
+            tokens[part], positions[part] = s.tokens[s.computed:s.computed + item.count], pos
+            slots[part] = tables[i][pos // size] * size + pos % size
+            lens[i] = s.computed + item.count
+        rows = np.array([starts[i + 1] - 1 for i, w in enumerate(work) if w.samples], np.int32)
+        return StepBatch(tokens=tokens, positions=positions, slots=slots, seq_starts=starts, kv_lens=lens,
+                         block_tables=tables, logit_rows=rows)
+
+    def _advance(self, sequence: Sequence, row: np.ndarray) -> None:
+        """Sample the sequence's next token and see whether it ends."""
+        request, params = sequence.request, sequence.request.params
+        early = sequence.generated < params.min_tokens
+        banned = [*self.eos, *params.stop_token_ids] if early else []
+        if not np.isfinite(row).all():
+            request.error = "the model's logits are not finite"
+            self._end(sequence, "abort", None)
+            return
+        token, logprobs = sample(row, params, request.prompt_ids, sequence.output_ids, self._seeds[request.id],
+                                 sequence.index, banned)
+        sequence.tokens.append(token)
+        self._generated += 1
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        text = self._texts.get(sequence)
+        is_stop = not early and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos))
+        if text is not None and not is_stop:
+            text.append(token)
+        if is_stop:
+            self._end(sequence, "stop", token if token in params.stop_token_ids else None)
+        elif text is not None and text.stopped_by is not None:
+            self._end(sequence, "stop", text.stopped_by)
+        elif sequence.generated == params.max_tokens or len(sequence.tokens) >= self.longest:
+            self._end(sequence, "length", None)
+
+    def _end(self, sequence: Sequence, reason: str, stop: str | int | None) -> None:
+        sequence.finish_reason, sequence.stop_reason = reason, stop
+        self.scheduler.remove(sequence)
+        text = self._texts.get(sequence)
+        if text is not None:
+            text.finish()
+
+    def _fail(self, work: list[Work], message: str) -> list[RequestOutput]:
+        requests = {w.sequence.request.id: w.sequence.request for w in work}
+        for request in requests.values():
+            request.error = message
+        return [out for out in (self.abort(name) for name in requests) if out is not None]
+
+    def _output(self, request: Request) -> RequestOutput:
+        """The request as it stands; a finished one is forgotten."""
+        samples = []
+        for s in request.sequences:
+            detokenizer = self._texts.get(s)
+            text = "" if detokenizer is None else detokenizer.text if s.finish_reason else detokenizer.visible
+            samples.append(CompletionOutput(s.index, text, tuple(s.output_ids),
+                                            None if request.params.logprobs is None else tuple(s.logprobs),
+                                            s.finish_reason, s.stop_reason))
+        if request.finished:
+            del self._requests[request.id], self._seeds[request.id]
+            for s in request.sequences:
+                self._texts.pop(s, None)
+        return RequestOutput(request.id, request.prompt, request.prompt_ids, tuple(samples), request.finished,
+                             request.cached_tokens, request.error)
+
+    def stats(self) -> Stats:
+        cache = self.cache
+        return Stats(self._steps, self._computed, self._generated, self.scheduler.preemptions,
+                     cache.queries if cache else 0, cache.hits if cache else 0, self.pool.size, self.pool.available)
+
+    def check_integrity(self) -> None:
+        """Raise ValueError when blocks leak or books disagree."""
+        self.scheduler.check_integrity()
+        queued = len(self.scheduler.waiting) + len(self.scheduler.running)
+        open_ = sum(s.finish_reason is None for r in self._requests.values() for s in r.sequences)
+        if queued != open_:
+            raise ValueError(f"{queued} sequences are queued, {open_} are unfinished")

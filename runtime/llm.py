@@ -1,0 +1,183 @@
+"""`LLM`: an artifact loaded, and prompts answered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from inferloom.runtime.artifact import Artifact
+from inferloom.runtime.chat import ChatTemplate
+from inferloom.runtime.device.base import StepBatch
+from inferloom.runtime.device.cpu import CpuDevice
+from inferloom.runtime.engine import Engine, Stats
+from inferloom.runtime.errors import ArtifactError, RequestError
+from inferloom.runtime.manifest import Manifest
+from inferloom.runtime.outputs import RequestOutput
+from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.scheduler import Limits
+
+Prompt = str | Sequence[int]
+DEFAULT_STATE_BYTES = 4 * 2**30
+_TOKENIZER = "tokenizer/tokenizer.json"
+
+
+class LLM:
+    """An artifact in memory, ready to generate.
+
+    `memory_bytes` bounds everything together (default: what the artifact needs, and for state the least of 4 GiB,
+    half of the memory that is free, and all that its limits can use). `threads` defaults to the usable cores.
+    Raises ArtifactError for an artifact that is damaged, foreign or does not fit.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int | None = None, threads: int | None = None,
+                 max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
+                 enable_prefix_caching: bool = True, seed: int | None = None) -> None:
+        self.artifact = Artifact.open(Path(path))
+        m = self.manifest = self.artifact.manifest
+        limits = Limits(tokens=_at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
+                        seqs=_at_most("max_num_seqs", max_num_seqs, min(m.dims.seqs, m.dims.rows)),
+                        blocks_per_seq=m.dims.blocks_per_seq, block_tokens=m.state.block_tokens,
+                        max_model_len=m.model.max_model_len)
+        self.tokenizer = _tokenizer(self.artifact)
+        self.chat_template = ChatTemplate.of(self.artifact)
+        self.device = CpuDevice(self.artifact, memory_bytes=memory_bytes or default_memory(m), threads=threads)
+        salt = m.files[m.weights.file].blake3.encode()
+        self.engine = Engine(self.device, limits, m.model.vocab_size, self.tokenizer, m.model.eos_token_ids,
+                             enable_prefix_caching, salt, seed)
+        self._count = 0
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 *, on_output: Callable[[RequestOutput], None] | None = None) -> list[RequestOutput]:
+        """Answer prompts (texts or token ids, one or many), in their order.
+
+        `params` is one for all, or one each. `on_output` sees every intermediate output. RequestError when a
+        prompt or its parameters cannot be served; nothing has run then.
+        """
+        many = _prompts(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
+        if len(each) != len(many):
+            raise RequestError(f"{len(many)} prompts came with {len(each)} SamplingParams")
+        ids: list[str] = []
+        try:
+            for prompt, wanted in zip(many, each, strict=True):
+                self._count += 1
+                tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                self.engine.add_request(str(self._count), tokens, wanted, prompt if isinstance(prompt, str) else None)
+                ids.append(str(self._count))
+            done: dict[str, RequestOutput] = {}
+            while len(done) < len(ids):
+                for output in self.engine.step():
+                    if on_output is not None:
+                        on_output(output)
+                    if output.finished:
+                        done[output.request_id] = output
+        except BaseException:
+            for name in ids:
+                self.engine.abort(name)
+            raise
+        return [done[name] for name in ids]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, *,
+             on_output: Callable[[RequestOutput], None] | None = None) -> RequestOutput:
+        """Answer a conversation through the artifact's chat template. RequestError when it has none."""
+        return self.generate(self.chat_prompt(messages), params, on_output=on_output)[0]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The token ids of a conversation; the template brings its own special tokens."""
+        if self.chat_template is None:
+            raise RequestError(f"{self.manifest.model.name} has no chat template: use generate with a prompt")
+        return self.encode(self.chat_template.render(messages), add_special_tokens=False)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        if self.tokenizer is None:
+            raise RequestError("the artifact has no tokenizer: give token ids")
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits f32 [tokens, vocab] after each token of one sequence, for comparing models.
+
+        Runs on blocks of its own, beside what the engine does. RequestError when the sequence does not fit.
+        """
+        m, engine = self.manifest, self.engine
+        ids = np.asarray(token_ids, np.int32)
+        if ids.ndim != 1 or not 1 <= len(ids) <= engine.longest:
+            raise RequestError(f"token_ids must be 1 to {engine.longest} ids")
+        size, out = m.state.block_tokens, np.empty((len(ids), m.model.vocab_size), np.float32)
+        blocks = np.zeros((1, m.dims.blocks_per_seq), np.int32)
+        held = []
+        try:
+            for i in range(-(-len(ids) // size)):
+                held.append(engine.pool.allocate())
+                blocks[0, i] = held[-1]
+            chunk = min(m.dims.rows, m.dims.tokens)
+            for begin in range(0, len(ids), chunk):
+                pos = np.arange(begin, min(begin + chunk, len(ids)), dtype=np.int32)
+                batch = StepBatch(tokens=ids[pos], positions=pos, slots=(blocks[0][pos // size] * size + pos % size).astype(np.int32),
+                                  seq_starts=np.array([0, len(pos)], np.int32), kv_lens=pos[-1:] + 1, block_tables=blocks,
+                                  logit_rows=np.arange(len(pos), dtype=np.int32))
+                out[pos] = self.device.step(batch)
+        finally:
+            for block in held:
+                engine.pool.release(block)
+        return out
+
+    @property
+    def stats(self) -> Stats:
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Give threads and memory back."""
+        self.device.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+def default_memory(m: Manifest) -> int:
+    """The memory budget in bytes when none is given."""
+    mem = m.memory
+    useful = m.dims.seqs * m.dims.blocks_per_seq * mem.bytes_per_block
+    state = min(DEFAULT_STATE_BYTES, _free_memory() // 2, useful)
+    fixed = m.files[m.weights.file].bytes + mem.workspace + mem.inputs
+    return fixed + max(state, mem.bytes_per_block)
+
+
+def _free_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return DEFAULT_STATE_BYTES
+
+
+def _at_most(name: str, wanted: int | None, limit: int) -> int:
+    if wanted is not None and not 1 <= wanted <= limit:
+        raise RequestError(f"{name}={wanted} must be 1 to {limit}, which the artifact was compiled for")
+    return limit if wanted is None else wanted
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if all(isinstance(p, (int, np.integer)) for p in prompts):
+        return [prompts] if len(prompts) else []  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _tokenizer(artifact: Artifact) -> Tokenizer | None:
+    if _TOKENIZER not in artifact.manifest.files:
+        return None
+    try:
+        return Tokenizer.from_str(artifact.read(_TOKENIZER).decode())
+    except Exception as error:  # the library raises plain Exception
+        raise ArtifactError(f"{_TOKENIZER} cannot be read: {error}") from None

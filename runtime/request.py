@@ -1,0 +1,57 @@
+"""Requests, and the sequences (samples) that they consist of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from inferloom.runtime.outputs import Logprob
+from inferloom.runtime.params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request: its tokens, and which of them are in the cache.
+
+    `computed` tokens have state in `blocks`; `keys` are the cache keys of the full ones among them.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    text: str = ""
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[len(self.request.prompt_ids):]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt with `n` samples. Lower `priority` runs first; ties go by arrival."""
+
+    id: str
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival: int
+    priority: int = 0
+    cached_tokens: int = 0
+    sequences: list[Sequence] = field(default_factory=list)
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.sequences = [Sequence(self, i, list(self.prompt_ids)) for i in range(self.params.n)]
+
+    @property
+    def finished(self) -> bool:
+        return all(s.finish_reason is not None for s in self.sequences)

@@ -1,0 +1,150 @@
+"""The scheduler: which tokens of which sequences run in the next step. Pure and deterministic.
+
+Continuous batching: every step holds the next token of all running sequences, and as much of the prompts as the
+token budget leaves room for (chunked prefill). When blocks run out, the sequence that is last in line gives back
+all of its blocks and is computed again later; what it had cached may still be there then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inferloom.runtime.blocks import BlockPool
+from inferloom.runtime.prefix_cache import PrefixCache
+from inferloom.runtime.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step, and one sequence, may hold at most."""
+
+    tokens: int
+    seqs: int
+    blocks_per_seq: int
+    block_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`count` tokens of a sequence from its first uncomputed one; `samples` when they reach its end."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.sequence.computed + self.count == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Holds waiting and running sequences and their blocks."""
+
+    def __init__(self, pool: BlockPool, limits: Limits, cache: PrefixCache | None) -> None:
+        self.pool, self.limits, self.cache = pool, limits, cache
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    @staticmethod
+    def _rank(sequence: Sequence) -> tuple[int, int, int]:
+        return sequence.request.priority, sequence.request.arrival, sequence.index
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+        self.waiting.sort(key=self._rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished or aborted sequence out and give back its blocks."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[Work]:
+        """The next step; empty when nothing can run."""
+        budget, work = self.limits.tokens, list[Work]()
+        self.running.sort(key=self._rank)
+        for sequence in list(self.running):
+            if sequence not in self.running or budget == 0:
+                continue  # preempted by one before it, or no room left
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if self._grow(sequence, count):
+                work.append(Work(sequence, count))
+                budget -= count
+        while self.waiting and budget > 0 and len(self.running) < self.limits.seqs:
+            sequence = self.waiting[0]
+            if self._must_wait(sequence) or not self._start(sequence, budget):
+                break
+            self.waiting.pop(0)
+            self.running.append(sequence)
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            work.append(Work(sequence, count))
+            budget -= count
+        return work
+
+    def finish(self, work: list[Work]) -> None:
+        """Record that the step's tokens are computed, and cache the blocks that became full."""
+        size = self.limits.block_tokens
+        for item in work:
+            sequence = item.sequence
+            sequence.computed += item.count
+            while self.cache is not None and (len(sequence.keys) + 1) * size <= sequence.computed:
+                at = len(sequence.keys)
+                key = self.cache.key(sequence.keys[-1] if at else None, sequence.tokens[at * size:(at + 1) * size])
+                sequence.keys.append(key)
+                self.pool.register(sequence.blocks[at], key)
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Further samples of a request wait for the first to compute the prompt that they will share."""
+        first = sequence.request.sequences[0]
+        return (self.cache is not None and sequence is not first and first in self.running
+                and first.computed < len(sequence.request.prompt_ids))
+
+    def _start(self, sequence: Sequence, budget: int) -> bool:
+        """Give a waiting sequence its cached blocks and room for its first tokens, or nothing."""
+        if self.cache is not None:
+            sequence.blocks, sequence.keys = self.cache.take(sequence.tokens)
+        sequence.computed = len(sequence.blocks) * self.limits.block_tokens
+        if sequence.generated == 0:
+            sequence.request.cached_tokens = max(sequence.request.cached_tokens, sequence.computed)
+        count = min(len(sequence.tokens) - sequence.computed, budget)
+        if self._missing(sequence, count) > self.pool.available:
+            self._release(sequence)
+            return False
+        self._extend(sequence, count)
+        return True
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Room for `count` more tokens, taken from the last in line if need be; False: it was itself the last."""
+        while self._missing(sequence, count) > self.pool.available:
+            victim = max(self.running, key=self._rank)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._extend(sequence, count)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(victim)
+        self._release(victim)
+        self.add(victim)
+
+    def _missing(self, sequence: Sequence, count: int) -> int:
+        return -(-(sequence.computed + count) // self.limits.block_tokens) - len(sequence.blocks)
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        sequence.blocks += [self.pool.allocate() for _ in range(self._missing(sequence, count))]
+
+    def _release(self, sequence: Sequence) -> None:
+        # Last block first, so that the start of a prefix outlives its end in the cache.
+        for block in reversed(sequence.blocks):
+            self.pool.release(block)
+        sequence.blocks, sequence.keys, sequence.computed = [], [], 0
+
+    def check_integrity(self) -> None:
+        """Raise ValueError unless blocks, queues and counts agree."""
+        if any(s.blocks for s in self.waiting):
+            raise ValueError("a waiting sequence holds blocks")
+        self.pool.check_integrity(b for s in self.running for b in s.blocks)
