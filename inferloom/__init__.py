@@ -11,14 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from inferloom.api import LLM, AsyncLLM, SamplingParams, compile, load
+    from inferloom.api import compile
+    from inferloom.async_llm import AsyncLLM
     from inferloom.errors import InferloomError
+    from inferloom.llm import LLM, SamplingParams, load
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncLLM", "InferloomError", "SamplingParams", "__version__", "compile", "load"]
 
-_HOME = {"InferloomError": "inferloom.errors", "LLM": "inferloom.api", "AsyncLLM": "inferloom.api",
-         "SamplingParams": "inferloom.api", "compile": "inferloom.api", "load": "inferloom.api"}
+_HOME = {"InferloomError": "inferloom.errors", "compile": "inferloom.api", "LLM": "inferloom.llm",
+         "AsyncLLM": "inferloom.async_llm", "SamplingParams": "inferloom.llm", "load": "inferloom.llm"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""`compile`, and the runtime's classes, which here also take a checkpoint and compile it on first use."""
+"""`compile`: a model and a chip become an artifact."""
 
 from __future__ import annotations
 

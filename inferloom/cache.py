@@ -95,9 +95,9 @@ def compile_cached(checkpoint: Path, options: CompileOptions, progress: Progress
     out = cache_dir() / "artifacts" / f"{checkpoint.resolve().name}-{options.dtype}-{key[:16]}"
     with _lock(out.with_suffix(".lock"), report):
         if not is_artifact(out):
+            report(f"compiling {checkpoint} once, into {out}")
             from inferloom.compiler.build import compile_model
 
-            report(f"compiling {checkpoint} once, into {out}")
             compile_model(checkpoint, out, **asdict(options), progress=progress)
     return out
 

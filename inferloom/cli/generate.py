@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -52,54 +52,49 @@ def run(
                               "min_p": min_p, "seed": seed, "n": n, "stop": tuple(stop or ()), "logprobs": logprobs}
     start = time.perf_counter()
     arguments = _arguments(chip, dtype, max_model_len, threads, memory)
-    if json_ or n > 1:
-        _run_whole(model, text, params, arguments, start, echo, stats, json_)
-    else:
-        asyncio.run(_run_stream(model, text, params, arguments, start, echo, stats))
+    from inferloom.llm import LLM, SamplingParams
 
-
-def _run_whole(model: Any, text: str, params: dict[str, Any], arguments: dict[str, Any], start: float,
-               echo: bool, stats: bool, json_: bool) -> None:
-    from inferloom.api import LLM, SamplingParams
-
-    with progress(f"loading {model}") as report, LLM(model, progress=report, **arguments) as llm:
-        loaded = time.perf_counter()
-        result = _checked(llm.generate([text], SamplingParams(**params))[0])
+    wanted = SamplingParams(**params)
+    with progress(f"loading {model}") as report:
+        llm = LLM(model, progress=report, **arguments)
+    loaded = time.perf_counter()
+    if echo and not json_ and n == 1:
+        sys.stdout.write(text)
+    stream = _Stream() if not json_ and n == 1 else None
+    with llm:
+        result = _checked(llm.generate([text], wanted, on_output=stream)[0])
     ended = time.perf_counter()
     outputs = [{"index": o.index, "text": o.text, "token_ids": list(o.token_ids), "finish_reason": o.finish_reason,
                 "logprobs": _logprobs(o.logprobs)} for o in result.outputs]
-    made = sum(len(o["token_ids"]) for o in outputs)
+    made = sum(len(o.token_ids) for o in result.outputs)
     if json_:
         emit({"prompt": text, "outputs": outputs,
               "usage": {"prompt_tokens": len(result.prompt_token_ids), "completion_tokens": made},
               "seconds": {"load": round(loaded - start, 4), "generate": round(ended - loaded, 4)}})
-        return
-    for output in outputs:
-        sys.stdout.write((text if echo else "") + output["text"] + "\n")
-    if stats:
-        _say_stats(loaded - start, None, ended - loaded, len(result.prompt_token_ids), made)
-
-
-async def _run_stream(model: Any, text: str, params: dict[str, Any], arguments: dict[str, Any], start: float,
-                      echo: bool, stats: bool) -> None:
-    from inferloom.api import AsyncLLM, SamplingParams
-
-    with progress(f"loading {model}") as report:
-        llm = AsyncLLM(model, progress=report, **arguments)
-    try:
-        loaded = time.perf_counter()
-        if echo:
-            sys.stdout.write(text)
-        first, shown, last = None, 0, None
-        async for last in llm.generate(text, SamplingParams(**params)):
-            first = first or time.perf_counter()
-            shown = _write_new(_checked(last).outputs[0].text, shown)
+    elif stream is None:
+        for output in result.outputs:
+            sys.stdout.write((text if echo else "") + output.text + "\n")
+    else:
         sys.stdout.write("\n")
-    finally:
-        await llm.close()
-    if stats and last is not None and first is not None:
-        _say_stats(loaded - start, first - loaded, time.perf_counter() - loaded, len(last.prompt_token_ids),
-                   len(last.outputs[0].token_ids))
+    if stats:
+        first = stream.first - loaded if stream is not None and stream.first is not None else None
+        _say_stats(loaded - start, first, ended - loaded, len(result.prompt_token_ids), made)
+
+
+class _Stream:
+    """Writes what is new of the first sample; remembers when the first output came."""
+
+    def __init__(self) -> None:
+        self.shown, self.first = 0, None
+
+    first: float | None
+
+    def __call__(self, output: Any) -> None:
+        self.first = self.first or time.perf_counter()
+        text = output.outputs[0].text
+        sys.stdout.write(text[self.shown:])
+        sys.stdout.flush()
+        self.shown = len(text)
 
 
 def chat(
@@ -120,32 +115,27 @@ def chat(
     """Talk with a model that has a chat template: /reset starts again, /exit (or end of input) leaves."""
     params = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
               "seed": seed}
-    asyncio.run(_chat(model, system, params, _arguments(chip, dtype, max_model_len, threads, memory)))
+    from inferloom.llm import LLM, SamplingParams
 
-
-async def _chat(model: Any, system: str | None, params: dict[str, Any], arguments: dict[str, Any]) -> None:
-    from inferloom.api import AsyncLLM, SamplingParams
-
+    wanted = SamplingParams(**params)
     with progress(f"loading {model}") as report:
-        llm = AsyncLLM(model, progress=report, **arguments)
+        llm = LLM(model, progress=report, **_arguments(chip, dtype, max_model_len, threads, memory))
+    with llm:
+        if llm.chat_template is None:
+            raise UsageError(f"{model} has no chat template; use `inferloom run`")
+        _talk(lambda messages: _checked(llm.chat(messages, wanted, on_output=_Stream())).outputs[0].text, system)
+
+
+def _talk(answer: Callable[[list[dict[str, str]]], str], system: str | None) -> None:
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    try:
-        while (line := _ask()) is not None and line.strip() != "/exit":
-            if line.strip() == "/reset":
-                messages = list(opening)
-                continue
-            if not line.strip():
-                continue
+    while (line := _ask()) is not None and line.strip() != "/exit":
+        if line.strip() == "/reset":
+            messages = list(opening)
+        elif line.strip():
             messages.append({"role": "user", "content": line})
-            prompt = llm.tokenizer.apply_chat_template(messages)
-            shown, last = 0, None
-            async for last in llm.generate(prompt, SamplingParams(**params)):
-                shown = _write_new(_checked(last).outputs[0].text, shown)
+            messages.append({"role": "assistant", "content": answer(messages)})
             sys.stdout.write("\n")
-            messages.append({"role": "assistant", "content": last.outputs[0].text if last else ""})
-    finally:
-        await llm.close()
 
 
 def _ask() -> str | None:
@@ -162,14 +152,8 @@ def _arguments(chip: str, dtype: str, max_model_len: int | None, threads: int | 
     if threads is not None:
         made["threads"] = threads
     if memory is not None:
-        made["memory"] = options.parse_bytes(memory)
+        made["memory_bytes"] = options.parse_bytes(memory)
     return made
-
-
-def _write_new(text: str, shown: int) -> int:
-    sys.stdout.write(text[shown:])
-    sys.stdout.flush()
-    return len(text)
 
 
 def _checked(result: Any) -> Any:

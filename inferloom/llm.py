@@ -1,0 +1,31 @@
+"""`LLM` as users see it: the runtime's, which here also takes a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from inferloom.cache import CompileOptions, Progress, resolve
+from inferloom.runtime.llm import LLM as _LLM
+from inferloom.runtime.params import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "load"]
+
+
+class LLM(_LLM):
+    """A model that answers prompts. `model` is an artifact, or a checkpoint.
+
+    A checkpoint is compiled on first use into the cache (for `chip`, in `dtype`, for at most `max_model_len`
+    tokens), which needs the `compile` extra; `progress` then gets a line of text for each stage. All other options
+    are the runtime's: `memory_bytes`, `threads`, `max_num_seqs`, `max_num_batched_tokens`,
+    `enable_prefix_caching`, `seed`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, chip: str = "cpu", dtype: str = "bf16",
+                 max_model_len: int | None = None, progress: Progress | None = None, **options: Any) -> None:
+        super().__init__(resolve(model, CompileOptions(chip, dtype, max_model_len), progress), **options)
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> LLM:
+    """`LLM(path, **options)`."""
+    return LLM(path, **options)
