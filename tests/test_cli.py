@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from inferloom.cli import main
 from inferloom.cli.console import human_bytes
 from inferloom.cli.inspect import contract
 from inferloom.cli.options import parse_bytes, parse_counts
-from inferloom.errors import InferloomError, MissingExtraError, UsageError
+from inferloom.errors import MissingExtraError, UsageError
 
 MANIFEST: dict[str, Any] = {
     "schema": 1, "abi": 1, "versions": {"inferloom": "0"},
@@ -208,8 +209,45 @@ def test_cache_key_is_content(tiny_checkpoint: Path, tmp_path: Path, monkeypatch
     assert content_key(copy, options) != key
 
 
-def test_every_error_is_an_inferloom_error() -> None:
+def test_every_error_is_known_to_the_command_line() -> None:
     from inferloom import errors
 
     for name in ("ArtifactError", "RequestError", "UnsupportedError", "VerifyError", "UsageError"):
-        assert issubclass(getattr(errors, name), InferloomError), name
+        assert errors.is_inferloom_error(getattr(errors, name)("what, where, what to do")), name
+    assert not errors.is_inferloom_error(ValueError("a bug"))
+
+
+def test_compile_inspect_run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                             capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole path, and what stands at `-o` is only replaced by --force."""
+    out = str(tmp_path / "made")
+    assert inferloom(monkeypatch, "compile", str(tiny_checkpoint), "-o", out, "--dtype", "fp32", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["path"] == out and made["model"]["architecture"] == "LlamaForCausalLM"
+    assert inferloom(monkeypatch, "compile", str(tiny_checkpoint), "-o", out) == 1
+    assert "--force" in capsys.readouterr().err
+    assert inferloom(monkeypatch, "compile", out) == 1
+    assert "already compiled" in capsys.readouterr().err
+    assert inferloom(monkeypatch, "inspect", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["contract"]["adds_up"]
+    arguments = ("run", out, "hello", "--max-tokens", "4", "--temperature", "1", "--seed", "3", "--json")
+    texts = []
+    for _ in range(2):
+        assert inferloom(monkeypatch, *arguments, "--logprobs", "2") == 0
+        shown = json.loads(capsys.readouterr().out)
+        texts.append(shown["outputs"][0]["text"])
+        assert shown["usage"] == {"prompt_tokens": 5, "completion_tokens": len(shown["outputs"][0]["token_ids"])}
+        assert all(len(step) >= 2 for step in shown["outputs"][0]["logprobs"])
+    assert texts[0] == texts[1]
+    assert inferloom(monkeypatch, *arguments[:-1]) == 0
+    assert capsys.readouterr().out == texts[0] + "\n"
+    assert inferloom(monkeypatch, "run", out, "x" * 300, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "RequestError"
+    assert inferloom(monkeypatch, "run", out, "x", "--memory", "1kB") == 1
+    assert "weights" in capsys.readouterr().err
+
+
+def test_chat(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n/reset\nagain\n/exit\nnever\n"))
+    assert inferloom(monkeypatch, "chat", str(tiny_artifact), "--max-tokens", "3", "--seed", "1") == 0
+    assert capsys.readouterr().out.count("\n") >= 2

@@ -6,12 +6,12 @@ from dataclasses import asdict
 
 from inferloom.cli import options
 from inferloom.cli.console import emit, out, set_json, table
-from inferloom.errors import UnsupportedError
 
 
 def chips(json_: options.Json = False) -> None:
     """List the chips that artifacts can be made for; `cpu` is this machine."""
     set_json(json_)
+    from inferloom.errors import UnsupportedError
     from inferloom.targets.chips import chips as known
     from inferloom.targets.chips import host
 
