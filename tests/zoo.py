@@ -61,7 +61,13 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {"vocab_size": 131, "d_model": 72, "n_layers": 2, "n_heads": 6, "max_seq_len": 64,
                     "expansion_ratio": 4}),
     "glm4": ("glm4", _GATED | {"head_dim": 32}),
+    "gpt_bigcode": ("gpt_bigcode", {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64,
+                                    "bos_token_id": 1, "eos_token_id": 2}),
 }
+#: Families that need no options of their own.
+ZOO |= {name: (name, _GATED | {"head_dim": 16}) for name in (
+    "olmo", "olmo3", "exaone4", "helium", "nemotron", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "glm", "phi",
+    "persimmon", "biogpt", "arcee", "bitnet", "vaultgemma", "ministral", "cwm", "jais2", "diffllama", "nanochat")}
 
 
 def config(name: str, layers: int = 0) -> Any:

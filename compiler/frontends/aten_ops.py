@@ -248,6 +248,15 @@ def embedding(im: Importer, table: Any, ids: Any, *args: Any, **kwargs: Any) -> 
     return Traced(im.emit("embedding", ids.value, table.value), im.result_shape, axes)
 
 
+@lowers("aten.index_select.default")
+def index_select(im: Importer, table: Any, axis: int, ids: Any) -> Traced:
+    """Rows of a known table or a parameter, by an index per token."""
+    table = im.traced(table)
+    if axis != 0 or len(table.shape) != 2 or table.token_axis is not None:
+        raise UnsupportedError(f"index_select along axis {axis} of {table.type}")
+    return embedding(im, table, ids)
+
+
 @lowers("aten.linear.default")
 def linear(im: Importer, x: Any, weight: Any, bias: Any = None) -> Traced:
     return _linear(im, im.traced(x), im.layouts.ordered(im.traced(weight)).value, bias)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,11 @@ def build_skeleton(config: Any, stored: Stored | None = None) -> Any:
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.device("meta"):
+        with parameters_on_meta():
             model = cls(config)
         model.eval()
         model.tie_weights()
-        restore_buffers(model, stored(model) if stored else {})
+        load_buffers(model, stored(model) if stored else {})
         pin_rope(model)
     finally:
         torch.set_default_dtype(dtype)
@@ -54,30 +55,32 @@ def pin_rope(model: nn.Module) -> None:
             module.rope_type = {k: "default" if v == "longrope" else v for k, v in kind.items()}
 
 
-def restore_buffers(model: Any, stored: Mapping[str, np.ndarray]) -> None:
-    """Give buffers that live on the meta device their values: the stored ones, else those of initialisation."""
-    lost: list[tuple[str, nn.Module, str]] = []
-    for path, module in model.named_modules():
-        mine = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
-        for name in mine:
-            old = module._buffers[name]
-            fill = float("nan") if old.dtype.is_floating_point else -(2**30) if old.dtype != torch.bool else False
-            module._buffers[name] = torch.full(old.shape, fill, dtype=old.dtype)
-            lost.append((f"{path}.{name}".lstrip("."), module, name))
-    for module in dict.fromkeys(m for _, m, _ in lost):
-        with torch.no_grad():
-            model._init_weights(module)
-    for path, module, name in lost:
-        buffer = module._buffers[name]
-        if path in stored:
-            if stored[path].shape != tuple(buffer.shape):
-                raise UnsupportedError(f"buffer {path} is {list(stored[path].shape)} in the checkpoint, expected "
-                                       f"{list(buffer.shape)}")
-            module._buffers[name] = torch.from_numpy(np.array(stored[path], np.float64)).to(buffer.dtype)
-            continue
-        bad = buffer.isnan().any() if buffer.dtype.is_floating_point else (buffer == -(2**30)).any()
-        if buffer.dtype != torch.bool and bool(bad):
-            raise UnsupportedError(f"buffer {path} is not set by the model's initialisation; its values are unknown")
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made meanwhile keep their buffers and other tensors, but parameters lose their storage at once."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        original(self, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def load_buffers(model: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
+    """Set the buffers that a checkpoint holds, by name; UnsupportedError when a shape differs."""
+    for path, array in stored.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        old = module.get_buffer(name)
+        if tuple(old.shape) != array.shape:
+            raise UnsupportedError(f"buffer {path} is {list(array.shape)} in the checkpoint, expected {list(old.shape)}")
+        module._buffers[name] = torch.from_numpy(np.array(array, np.float64)).to(old.dtype)
 
 
 def strip_parameters(model: nn.Module) -> None:

@@ -101,6 +101,35 @@ def test_dynamic_rope_is_the_default_within_the_limit(tmp_path: Path) -> None:
     assert difference(traced, model) <= 1e-4
 
 
+def test_persistent_buffers_come_from_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of a model that keeps its rotary frequencies in the checkpoint."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    original = LlamaRotaryEmbedding.__init__
+
+    def init(self, config):
+        original(self, config)
+        self._non_persistent_buffers_set.discard("inv_freq")
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "__init__", init)
+    model = zoo.build("llama")
+    model.model.rotary_emb.inv_freq *= 0.5
+    model.save_pretrained(tmp_path)
+    traced = huggingface.load(tmp_path)
+    assert difference(traced, model) <= 1e-4
+    (source,) = (p.source for p in traced.graph.params if p.source.startswith("buffer:"))
+    assert np.array_equal(traced.weights.load(source), model.model.rotary_emb.inv_freq.numpy())
+
+
+def test_buffers_keep_their_values_while_parameters_have_none() -> None:
+    from inferloom.compiler.frontends.skeleton import build_skeleton
+
+    real, skeleton = zoo.build("llama3_rope"), build_skeleton(zoo.config("llama3_rope"))
+    for name, buffer in real.named_buffers():
+        assert torch.equal(skeleton.get_buffer(name), buffer)
+    assert all(type(p.data).__name__ == "FakeTensor" for p in skeleton.parameters())
+
+
 def test_missing_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
     save("llama", tmp_path)
     edit_config(tmp_path, intermediate_size=112)
