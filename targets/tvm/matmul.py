@@ -153,11 +153,11 @@ class _Matmul:
                 env[value] = self._operand(value, views[i], self.layouts[i].ld, tile)
         for node in self.body.nodes:
             if node is self.node:
-                env[node.result] = self._sums(panel, views, r)
+                env[node.result] = self._sums(panel, env, r)
             elif node.op == "reshape":
                 env[node.result] = env[_value(node.operands[0])]
             elif node.op == "slice":
-                env[node.result] = self._half(env[_value(node.operands[0])], int(str(node.attrs["start"])))
+                env[node.result] = self._half(env[_value(node.operands[0])], int(str(node.attrs["start"])), tile)
             elif pointwise.supported(node.op):
                 env[node.result] = self._pointwise(node, env)
             else:
@@ -166,25 +166,22 @@ class _Matmul:
             column = env[value]
             self._store(value, column, views[i], self.layouts[i].ld, tile, row, 2 if column.half else 1)
 
-    def _sums(self, panel: Expr, views: list[Expr], r: Expr) -> _Column:
-        bias = self.bias[0] if self.bias else None
+    def _sums(self, panel: Expr, env: dict[Value, _Column], r: Expr) -> _Column:
+        bias = env[self.bias[0]] if self.bias and self.bias[0] is not None else None
 
         def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
-            inside, absolute = column
-            y = panel[lane_of(r * TILE + inside, lanes)]
-            if bias is not None:
-                y = y + views[self.body.inputs.index(bias)][lane_of(absolute, lanes)]
-            return bind(y)
+            y = panel[lane_of(r * TILE + column[0], lanes)]
+            return bind(y if bias is None else y + bias.load(row, column, lanes))
 
         return _Column(load)
 
-    def _half(self, x: _Column, which: int) -> _Column:
-        """Columns of one half: groups of 32 within the tile."""
+    def _half(self, x: _Column, which: int, tile: Expr) -> _Column:
+        """Columns of one half: groups of 32 within the tile. What x reads by column has both halves."""
 
         def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
             inside, _ = column
             full = inside + which * (TILE // 2)
-            return x.load(row, (full, full), lanes)
+            return x.load(row, (full, tile * TILE + full), lanes)
 
         return _Column(load, half=True)
 
