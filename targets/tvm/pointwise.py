@@ -11,7 +11,7 @@ from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Node
 from inferloom.ir.types import DType
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import f32, number
+from inferloom.targets.tvm.emit import f32, number, splat
 
 Expr = Any
 
@@ -42,7 +42,7 @@ def supported(op: str) -> bool:
 def emit(node: Node, operands: Sequence[Expr], lanes: int) -> Expr:
     """The node's result for `lanes` elements; operands are vectors of as many lanes."""
     if node.op == "constant":
-        return number(float(str(node.attrs["value"])), lanes)
+        return constant(node, lanes)
     if node.op in _UNARY:
         x = T.Bind(operands[0])
         return T.Bind(_UNARY[node.op](x, lanes))
@@ -60,15 +60,27 @@ def emit(node: Node, operands: Sequence[Expr], lanes: int) -> Expr:
     raise UnsupportedError(f"{node.loc}: the CPU target cannot lower {node.op} yet")
 
 
+def constant(node: Node, lanes: int) -> Expr:
+    """A `constant` node in every lane."""
+    value, dtype = float(str(node.attrs["value"])), node.attrs["dtype"]
+    if dtype is DType.I32:
+        return splat(T.int32(int(value)), lanes)
+    if dtype is DType.F32:
+        return number(value, lanes)
+    raise UnsupportedError(f"{node.loc}: the CPU target has no constants of type {dtype}")
+
+
 def _cast(node: Node, x: Expr, lanes: int) -> Expr:
     source, wanted = node.operands[0], node.attrs["dtype"]
     have = getattr(source.type, "dtype", None) if source is not None else None
-    if wanted is DType.BF16:
-        return T.Bind(vmath.bf16_to_f32(vmath.f32_to_bf16(x, lanes), lanes))
-    if wanted is DType.F32 and have is DType.BOOL:
-        return T.Select(x, number(1.0, lanes), number(0.0, lanes))
-    if wanted is DType.F32 and have in (DType.I32, DType.F32, DType.BF16):
-        return T.cast(x, f32(lanes))
+    if wanted is have:
+        return x
+    if wanted in (DType.F32, DType.BF16):
+        if have is DType.BOOL:
+            return T.Select(x, number(1.0, lanes), number(0.0, lanes))
+        if have is DType.I32:
+            x = T.cast(x, f32(lanes))
+        return T.Bind(vmath.bf16_to_f32(vmath.f32_to_bf16(x, lanes), lanes) if wanted is DType.BF16 else x)
     raise UnsupportedError(f"{node.loc}: the CPU target cannot cast {have} to {wanted}")
 
 

@@ -19,9 +19,20 @@ from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import pointwise, vmath
-from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, number, scratch, splat, store, vectors, wide
+from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, scratch, splat, store, vectors, wide
 from inferloom.targets.tvm.rowvalue import (
-    RowValue, broadcast_load, common_lanes, fill, flat, in_scratch, last, loop, materialize, memory, reduce)
+    RowValue,
+    broadcast_load,
+    common_lanes,
+    fill,
+    flat,
+    in_scratch,
+    last,
+    loop,
+    materialize,
+    memory,
+    reduce,
+)
 
 Expr = Any
 ROWS_PER_CHUNK = 4
@@ -50,6 +61,15 @@ def lower(source: KernelSource) -> tuple[Any, Grid, tuple[int | str, ...]]:
 def storage(value: Value) -> str:
     """TIR element type that a value has in memory."""
     return STORAGE[str(getattr(value.type, "dtype"))]
+
+
+def computed(value: Value) -> str:
+    """TIR element type that a value has while it is computed with: bf16 is widened."""
+    return "int32" if _is(value, DType.I32) else "float32"
+
+
+def _is(value: Value, dtype: DType) -> bool:
+    return isinstance(value.type, TensorType) and value.type.dtype is dtype
 
 
 class _Program:
@@ -114,8 +134,10 @@ class _Program:
         result = node.result
         users = self.users.get(result, [])
         reads = len(users) + (result in self.body.outputs)
-        if not value.cheap and (reads > 1 or any(u.op in _REREADS for u in users)):
-            value = materialize(value, row)
+        # TVM has no arrays of booleans: comparisons are repeated instead.
+        if not value.cheap and not _is(result, DType.BOOL) and (
+                reads > 1 or any(u.op in _REREADS for u in users)):
+            value = materialize(value, row, computed(result))
         self.env[result] = value
 
     def _of(self, value: Value | None) -> RowValue:
@@ -128,8 +150,7 @@ class _Program:
     def _pointwise(self, node: Node) -> RowValue:
         to = self._shape(node.result)
         if node.op == "constant":
-            constant = number(float(str(node.attrs["value"])))
-            return RowValue((), 1, lambda row, index, lanes: splat(constant, lanes))
+            return RowValue((), 1, lambda row, index, lanes: pointwise.constant(node, lanes))
         if not pointwise.supported(node.op):
             raise UnsupportedError(f"{node.loc}: the CPU target cannot lower {node.op} yet")
         operands = [self._of(v) for v in node.operands]
@@ -179,7 +200,9 @@ class _Program:
 
     def _concat(self, node: Node, row: Expr) -> RowValue:
         shape, axis = self._shape(node.result), self._axis(node, int(str(node.attrs["axis"])))
-        buffer = scratch(max(prod(shape), LANES))
+        if _is(node.result, DType.BOOL):
+            raise UnsupportedError(f"{node.loc}: the CPU target cannot join booleans")
+        buffer = scratch(max(prod(shape), LANES), computed(node.result))
         start = 0
         for operand in node.operands:
             part = self._of(operand)
@@ -210,7 +233,7 @@ class _Program:
         return self._reduced(node, row, 0.0, lambda a, b: a + b, True)
 
     def _max(self, node: Node, row: Expr) -> RowValue:
-        return self._reduced(node, row, -3.4e38, T.max, False)
+        return self._reduced(node, row, float("-inf"), T.max, False)
 
     def _scaled(self, x: RowValue, node: Node, normal: Any) -> RowValue:
         """x normalised by `normal(row, index, lanes)` and the node's weight and bias."""
@@ -332,7 +355,7 @@ class _Program:
 
     def _store(self, value: Value, view: Expr, ld: int, row: Expr) -> None:
         maker = self.producers.get(value)
-        narrow = isinstance(value.type, TensorType) and value.type.dtype is DType.BF16
+        narrow = _is(value, DType.BF16)
         source = self.env[value]
         if narrow and maker is not None and maker.op == "cast" and maker.operands[0] in self.env:
             source = self.env[maker.operands[0]]  # type: ignore[index]

@@ -77,9 +77,9 @@ def loop(shape: Sequence[int], lanes: int, body: Callable[[list[Expr]], None]) -
         body(index)
 
 
-def materialize(value: RowValue, row: Expr) -> RowValue:
-    """Compute a value once, into scratch."""
-    buffer = scratch(max(prod(value.shape), LANES))
+def materialize(value: RowValue, row: Expr, kind: str = "float32") -> RowValue:
+    """Compute a value of TIR element type `kind` once, into scratch."""
+    buffer = scratch(max(prod(value.shape), LANES), kind)
     fill(buffer, value, row, value.shape, 0, value.max_lanes)
     return in_scratch(buffer, value.shape)
 
