@@ -43,6 +43,8 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
         if not force:
             raise UsageError(f"{target} holds an artifact already; replace it with --force (force=True), or give "
                              "another folder")
+    if progress is not None:
+        progress("loading the compiler")
     from inferloom.compiler.build import compile_model
 
     if not from_path:
