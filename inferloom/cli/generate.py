@@ -113,8 +113,8 @@ def chat(
     memory: options.Memory = None,
 ) -> None:
     """Talk with a model that has a chat template: /reset starts again, /exit (or end of input) leaves."""
-    params = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-              "seed": seed}
+    params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+                              "min_p": min_p, "seed": seed}
     from inferloom.llm import LLM, SamplingParams
 
     wanted = SamplingParams(**params)
