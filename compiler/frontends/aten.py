@@ -175,7 +175,7 @@ def import_program(program: Any, *, name: str, tokens: Sym, rows: Sym, sources: 
     `sources` maps each parameter's name to its source (tied parameters share one); `prefix` is what the tracing
     wrapper put before module paths. UnsupportedError lists every operator that could not be imported.
     """
-    import inferloom.compiler.frontends.aten_ops  # noqa: F401  (fills LOWERINGS)
+    from inferloom.compiler.frontends import aten_moves, aten_ops  # noqa: F401  (fill LOWERINGS)
 
     builder = Builder(name)
     im = Importer(builder, Layouts(builder), {})
@@ -203,7 +203,10 @@ def import_program(program: Any, *, name: str, tokens: Sym, rows: Sym, sources: 
                                        + "\n  ".join(dict.fromkeys(problems)))
             logits = im.traced(im.env[node.args[0][0]])
             logits = im.layouts.ordered(im.layouts.with_axes(logits, [len(logits.shape) - 1]))
-            graph = tidy(builder.finish([logits.value]))
+            made = logits.value
+            if logits.type.shape[0] == tokens:  # the model has no way to ask for some rows only
+                made = builder.emit("gather_rows", made, builder.inputs[-1])
+            graph = tidy(builder.finish([made]))
         path = module_path(node, prefix)
         im.paths.update({n: path for n in builder.nodes[before:]})
     im.buffers = {p.source: im.buffers[p.source] for p in graph.params if p.source in im.buffers}

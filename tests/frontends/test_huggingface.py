@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from inferloom.compiler.frontends import huggingface
 from inferloom.ir.errors import UnsupportedError
@@ -65,6 +66,7 @@ def test_loaded_model_computes_the_same(name: str, tmp_path: Path) -> None:
     assert difference(huggingface.load(tmp_path), model) <= 1e-4
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_base_model_has_names_without_prefix(tmp_path: Path) -> None:
     model = zoo.build("gpt2")
     model.transformer.save_pretrained(tmp_path)
@@ -72,7 +74,7 @@ def test_checkpoint_of_the_base_model_has_names_without_prefix(tmp_path: Path) -
     assert difference(traced, model) <= 1e-4
 
 
-@pytest.mark.parametrize("length", [16, 64])
+@pytest.mark.parametrize("length", [pytest.param(16, marks=pytest.mark.slow), 64])
 def test_longrope_is_fixed_by_max_model_len(length: int, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -93,6 +95,7 @@ def test_longrope_is_fixed_by_max_model_len(length: int, tmp_path: Path) -> None
     assert difference(traced, model, 23 if length > 16 else 13) <= 1e-4
 
 
+@pytest.mark.slow
 def test_dynamic_rope_is_the_default_within_the_limit(tmp_path: Path) -> None:
     model = save("llama", tmp_path)
     edit_config(tmp_path, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
@@ -113,8 +116,10 @@ def test_persistent_buffers_come_from_the_checkpoint(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(LlamaRotaryEmbedding, "__init__", init)
     model = zoo.build("llama")
-    model.model.rotary_emb.inv_freq *= 0.5
-    model.save_pretrained(tmp_path)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    model.config.save_pretrained(tmp_path)
+    assert "model.rotary_emb.inv_freq" in model.state_dict()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
     traced = huggingface.load(tmp_path)
     assert difference(traced, model) <= 1e-4
     (source,) = (p.source for p in traced.graph.params if p.source.startswith("buffer:"))
@@ -183,3 +188,47 @@ def test_what_is_later_work_is_named(model_type: str, options: dict, message: st
     options = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4} | options
     with pytest.raises(UnsupportedError, match=message):
         huggingface.trace_config(CONFIG_MAPPING[model_type](**options))
+
+
+def test_models_that_cannot_pick_rows_get_them_picked() -> None:
+    from inferloom.compiler.frontends import hooks
+    from inferloom.compiler.frontends.skeleton import build_skeleton
+
+    model = build_skeleton(zoo.config("llama"))
+    forward = model.forward
+
+    def all_rows(**kwargs):
+        return forward(**{k: v for k, v in kwargs.items() if k != "logits_to_keep"})
+
+    model.forward = all_rows
+    with hooks.installed(model):
+        graph = huggingface.trace_model(model).graph
+    assert graph.nodes[-1].op == "gather_rows"
+    assert graph.outputs[0].type.shape == (huggingface.ROWS, 131)
+
+
+def test_hooks_restore_what_they_replace() -> None:
+    from transformers.models.mpt import modeling_mpt
+
+    from inferloom.compiler.frontends import hooks
+    from inferloom.compiler.frontends.skeleton import build_skeleton
+
+    before = modeling_mpt.MptAttention.forward, modeling_mpt.create_causal_mask
+    model = build_skeleton(zoo.config("mpt"))
+    with pytest.raises(KeyError), hooks.installed(model):
+        assert modeling_mpt.MptAttention.forward is not before[0]
+        assert model.config._attn_implementation == hooks.NAME
+        raise KeyError
+    assert (modeling_mpt.MptAttention.forward, modeling_mpt.create_causal_mask) == before
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"attention_mask": torch.zeros(1)}, "passes an attention mask"), ({"is_causal": False}, "not causal"),
+    ({"position_bias": torch.zeros(1)}, "'position_bias'"), ({"head_mask": torch.zeros(1)}, "'head_mask'")])
+def test_the_attention_hook_raises_on_what_it_does_not_know(options: dict, message: str) -> None:
+    from inferloom.compiler.frontends.hooks import _interface
+
+    q = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(UnsupportedError, match=message):
+        _interface(torch.nn.Module(), q, q, q, **({"attention_mask": None} | options))

@@ -10,7 +10,7 @@ from inferloom.compiler.frontends.skeleton import build_skeleton
 from inferloom.ir.text import print_graph
 from tests import zoo
 
-QUICK = {"qwen2_window", "bloom"}
+QUICK = {"qwen2_window"}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO])
@@ -70,6 +70,7 @@ def test_a_layer_that_depends_on_its_place_is_traced_whole() -> None:
     assert sum(n.op == "attention" for n in traced.imported.graph.nodes) == 4
 
 
+@pytest.mark.slow
 def test_values_between_layers_are_traced_whole() -> None:
     """Nodes of the model itself that stand between its layers belong to none of them."""
     model = build_skeleton(zoo.config("llama", 4))
