@@ -64,6 +64,7 @@ docs: $(INSTALLED)
 check-docs: $(INSTALLED)
 	@echo "==> generated docs"; $(BIN)/python -m inferloom.ir.docs --check docs/ops.md
 
+unit slow: export XDG_CACHE_HOME := $(CURDIR)/build/cache
 unit: $(INSTALLED)
 	@echo "==> tests"; $(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 

@@ -34,6 +34,8 @@ MANIFEST: dict[str, Any] = {
     "kernels": [{"symbol": "k0_matmul", "kind": "matmul", "source": ["m/a.py:3", "m/a.py:7"],
                  "grid": {"dim": 0, "tile": 16, "mult": 2}}],
     "plan": [{"kernel": 0, "args": []}, {"kernel": 0, "args": []}],
+    "weights": {"file": "weights/model.safetensors", "data_offset": 64, "bytes": 1000},
+    "files": {"weights/model.safetensors": {"bytes": 1064, "blake3": ""}},
 }
 
 
@@ -104,7 +106,7 @@ def test_inspect_shows_kernels_and_contract(monkeypatch: pytest.MonkeyPatch, art
     shown = capsys.readouterr().out
     assert "k0_matmul" in shown and "m/a.py:3,7" in shown and "tokens/16 x 2" in shown
     assert "2 layers x 2 heads x 32 tokens x (16 + 16) x 2 bytes" in shown
-    assert "2 blocks = (20000 - 1224) // 8192" in shown
+    assert "2 blocks = (20000 - 1288) // 8192" in shown
 
 
 def test_inspect_json_is_one_document(monkeypatch: pytest.MonkeyPatch, artifact: Path,

@@ -57,7 +57,8 @@ def contract(manifest: dict[str, Any], budget: int | None = None) -> dict[str, A
     state of all layers.
     """
     memory, state = manifest["memory"], manifest["state"]
-    fixed = memory["weights"] + memory["workspace"] + memory["inputs"]
+    weights = weights_in_memory(manifest)
+    fixed = weights + memory["workspace"] + memory["inputs"]
     terms = []
     for group in state["groups"]:
         size = ITEMSIZE.get(group["dtype"], 0)
@@ -67,7 +68,7 @@ def contract(manifest: dict[str, Any], budget: int | None = None) -> dict[str, A
                           f"x {size} bytes", count * heads * state["block_tokens"] * (k_dim + v_dim) * size))
     made: dict[str, Any] = {
         "fixed": fixed, "bytes_per_block": memory["bytes_per_block"], "block_tokens": state["block_tokens"],
-        "fixed_is": f"weights {memory['weights']} + workspace {memory['workspace']} + inputs {memory['inputs']}",
+        "fixed_is": f"weights {weights} + workspace {memory['workspace']} + inputs {memory['inputs']}",
         "bytes_per_block_is": " + ".join(text for text, _ in terms),
         "adds_up": sum(count for _, count in terms) == memory["bytes_per_block"],
         "bytes_per_token": memory["bytes_per_block"] / state["block_tokens"],
@@ -77,6 +78,11 @@ def contract(manifest: dict[str, Any], budget: int | None = None) -> dict[str, A
         made |= {"budget": budget, "blocks": blocks, "tokens": blocks * state["block_tokens"],
                  "blocks_are": f"({budget} - {fixed}) // {memory['bytes_per_block']}"}
     return made
+
+
+def weights_in_memory(manifest: dict[str, Any]) -> int:
+    """Bytes of weights in memory: the file as a whole, its header included."""
+    return int(manifest["files"][manifest["weights"]["file"]]["bytes"])
 
 
 def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> None:
@@ -102,8 +108,9 @@ def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> 
 def _show_contract(manifest: dict[str, Any], made: dict[str, Any]) -> None:
     memory = manifest["memory"]
     rows = table("Memory contract", "part", "bytes", "", right=("bytes",))
-    for name in ("weights", "workspace", "inputs"):
-        rows.add_row(name, f"{memory[name]:,}", human_bytes(memory[name]))
+    sizes = {"weights": weights_in_memory(manifest), "workspace": memory["workspace"], "inputs": memory["inputs"]}
+    for name, size in sizes.items():
+        rows.add_row(name, f"{size:,}", human_bytes(size))
     rows.add_row("fixed", f"{made['fixed']:,}", human_bytes(made["fixed"]))
     rows.add_row("each block", f"{made['bytes_per_block']:,}", f"= {made['bytes_per_block_is']}")
     if "budget" in made:
