@@ -10,6 +10,8 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"
 #: Tokens before the new ones that are decoded with them: spaces and merges depend on the neighbour.
 CONTEXT = 6
+#: Tokens held back for a character at most; what is longer than any character is not one.
+MAX_HELD = 8
 
 
 class Tokenizer(Protocol):
@@ -41,14 +43,16 @@ class Detokenizer:
             (size for s in self._stop for size in range(1, len(s)) if self.text.endswith(s[:size])), default=0)
         return self.text[:len(self.text) - held]
 
-    def append(self, token: int) -> None:
-        """Add a token; `stopped_by` is set when a stop string is complete."""
+    def append(self, token: int, may_stop: bool = True) -> None:
+        """Add a token; `stopped_by` is set when a stop string is complete, if that `may_stop` the sequence now."""
         self._ids.append(token)
         known = self._tokenizer.decode(self._ids[self._prefix:self._read], skip_special_tokens=self._skip)
         whole = self._tokenizer.decode(self._ids[self._prefix:], skip_special_tokens=self._skip)
-        if len(whole) <= len(known) or whole.endswith(REPLACEMENT):
+        if len(whole) <= len(known):
             return
-        self._grow(whole[len(known):])
+        if whole.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_HELD:
+            return
+        self._grow(whole[len(known):], may_stop)
         self._prefix, self._read = self._read, len(self._ids)
 
     def finish(self) -> None:
@@ -59,9 +63,11 @@ class Detokenizer:
             self._grow(whole[len(known):])
             self._read = len(self._ids)
 
-    def _grow(self, new: str) -> None:
+    def _grow(self, new: str, may_stop: bool = True) -> None:
         start = len(self.text)
         self.text += new
+        if not may_stop:
+            return
         for stop in self._stop:
             at = self.text.find(stop, max(0, start - len(stop) + 1))
             if at >= 0 and (self.stopped_by is None or at < self.text.find(self.stopped_by)):

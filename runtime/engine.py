@@ -12,7 +12,7 @@ import numpy as np
 from inferloom.runtime.blocks import BlockPool
 from inferloom.runtime.detokenizer import Detokenizer, Tokenizer
 from inferloom.runtime.device.base import Device, StepBatch
-from inferloom.runtime.errors import InferloomError, RequestError
+from inferloom.runtime.errors import RequestError
 from inferloom.runtime.outputs import CompletionOutput, RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.prefix_cache import PrefixCache
@@ -64,6 +64,8 @@ class Engine:
             raise RequestError(f"request id {request_id!r} is in use")
         if not len(prompt_ids):
             raise RequestError("the prompt is empty: give at least one token")
+        if not all(isinstance(t, (int, np.integer)) for t in prompt_ids):
+            raise RequestError("token ids must be integers")
         bad = [t for t in prompt_ids if not 0 <= t < self.vocab_size]
         if bad:
             raise RequestError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
@@ -94,9 +96,7 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                self._end(sequence, "abort", None)
+        self._end_all(request)
         return self._output(request)
 
     def step(self) -> list[RequestOutput]:
@@ -106,16 +106,25 @@ class Engine:
             return []
         sampling = [w for w in work if w.samples]
         try:
+            if self.scheduler.copies:
+                self.device.copy_blocks(self.scheduler.copies)
             logits = self.device.step(self._batch(work, sampling))
-        except InferloomError as error:
-            return self._fail(work, str(error))
+        except Exception as error:
+            return self._fail(work, str(error) or repr(error))
         self._steps += 1
         self._computed += sum(w.count for w in work)
         self.scheduler.finish(work)
         touched: dict[str, Request] = {}
         for item, row in zip(sampling, logits, strict=True):
-            self._advance(item.sequence, row)
-            touched[item.sequence.request.id] = item.sequence.request
+            request = item.sequence.request
+            touched[request.id] = request
+            if item.sequence.finish_reason is not None:
+                continue  # ended by the failure of another sample of its request
+            try:
+                self._advance(item.sequence, row)
+            except Exception as error:  # the request's own: the others of the batch go on
+                request.error = str(error) or repr(error)
+                self._end_all(request)
         return [self._output(r) for r in touched.values()]
 
     def _batch(self, work: list[Work], sampling: list[Work]) -> StepBatch:
@@ -142,9 +151,7 @@ class Engine:
         early = sequence.generated < params.min_tokens
         banned = [*self.eos, *params.stop_token_ids] if early else []
         if not np.isfinite(row).all():
-            request.error = "the model's logits are not finite"
-            self._end(sequence, "abort", None)
-            return
+            raise RequestError("the model's logits are not finite")
         token, logprobs = sample(row, params, request.prompt_ids, sequence.output_ids, self._seeds[request.id],
                                  sequence.index, banned)
         sequence.tokens.append(token)
@@ -154,7 +161,7 @@ class Engine:
         text = self._texts.get(sequence)
         is_stop = not early and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos))
         if text is not None and not is_stop:
-            text.append(token)
+            text.append(token, may_stop=not early)
         if is_stop:
             self._end(sequence, "stop", token if token in params.stop_token_ids else None)
         elif text is not None and text.stopped_by is not None:
@@ -168,6 +175,11 @@ class Engine:
         text = self._texts.get(sequence)
         if text is not None:
             text.finish()
+
+    def _end_all(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self._end(sequence, "abort", None)
 
     def _fail(self, work: list[Work], message: str) -> list[RequestOutput]:
         requests = {w.sequence.request.id: w.sequence.request for w in work}

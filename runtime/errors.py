@@ -1,8 +1,6 @@
 """What the runtime raises. Each message says what is wrong, where, and what to do about it."""
 
-
-class InferloomError(Exception):
-    """Base of every error that the runtime raises on purpose."""
+from inferloom.errors import InferloomError as InferloomError
 
 
 class ArtifactError(InferloomError):

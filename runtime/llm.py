@@ -17,7 +17,7 @@ from inferloom.runtime.device.base import StepBatch
 from inferloom.runtime.device.cpu import CpuDevice
 from inferloom.runtime.engine import Engine, Stats
 from inferloom.runtime.errors import ArtifactError, RequestError
-from inferloom.runtime.manifest import Manifest
+from inferloom.runtime.manifest import KERNELS_FILE, Manifest
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.scheduler import Limits
@@ -46,11 +46,19 @@ class LLM:
                         max_model_len=m.model.max_model_len)
         self.tokenizer = _tokenizer(self.artifact)
         self.chat_template = ChatTemplate.of(self.artifact)
-        self.device = CpuDevice(self.artifact, memory_bytes=memory_bytes or default_memory(m), threads=threads)
+        self._verify_rest()
+        budget = default_memory(m) if memory_bytes is None else memory_bytes
+        self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads)
         salt = m.files[m.weights.file].blake3.encode()
         self.engine = Engine(self.device, limits, m.model.vocab_size, self.tokenizer, m.model.eos_token_ids,
                              enable_prefix_caching, salt, seed)
         self._count = 0
+
+    def _verify_rest(self) -> None:
+        """Hash the files that nothing here reads, too: an artifact is whole or refused."""
+        for name in self.manifest.files:
+            if name not in (KERNELS_FILE, self.manifest.weights.file):
+                self.artifact.read(name)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
                  *, on_output: Callable[[RequestOutput], None] | None = None) -> list[RequestOutput]:
@@ -177,7 +185,11 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _tokenizer(artifact: Artifact) -> Tokenizer | None:
     if _TOKENIZER not in artifact.manifest.files:
         return None
+    data = artifact.read(_TOKENIZER)
     try:
-        return Tokenizer.from_str(artifact.read(_TOKENIZER).decode())
+        tokenizer = Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises plain Exception
         raise ArtifactError(f"{_TOKENIZER} cannot be read: {error}") from None
+    tokenizer.no_truncation()  # files often carry the truncation of a training run
+    tokenizer.no_padding()
+    return tokenizer

@@ -11,6 +11,7 @@ from inferloom.runtime.errors import RequestError
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 1024
 MAX_STOPS = 64
+MAX_BIAS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,21 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for name in ("n", "top_k", "min_tokens"):
+            _check(_whole(getattr(self, name)), f"{name} must be an integer, got {getattr(self, name)!r}")
+        for name in ("seed", "max_tokens", "logprobs"):
+            value = getattr(self, name)
+            _check(value is None or _whole(value), f"{name} must be an integer or None, got {value!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        _check(isinstance(stop, Sequence), f"stop must be a string or a list of them, got {self.stop!r}")
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        _check(isinstance(ids, Sequence) and all(map(_whole, ids)), "stop_token_ids must be a list of token ids")
+        bias = {} if self.logit_bias is None else self.logit_bias
+        _check(isinstance(bias, Mapping) and all(map(_whole, bias)), "logit_bias must map token ids to numbers")
+        stop = tuple(stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        object.__setattr__(self, "logit_bias", dict(bias))
         _check(1 <= self.n <= MAX_SAMPLES, f"n must be between 1 and {MAX_SAMPLES}, got {self.n}")
         _check(_finite(self.temperature) and self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
         _check(_finite(self.top_p) and 0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
@@ -62,7 +75,8 @@ class SamplingParams:
         _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
                f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}")
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed must be an unsigned 64-bit integer")
-        _check(all(_finite(b) for b in self.logit_bias.values()), "logit_bias must be finite")
+        _check(all(_finite(b) and abs(b) <= MAX_BIAS for b in self.logit_bias.values()),
+               f"logit_bias must be numbers of at most {MAX_BIAS}")
 
     @property
     def greedy(self) -> bool:
@@ -70,7 +84,11 @@ class SamplingParams:
 
 
 def _finite(value: float) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check(holds: bool, message: str) -> None:

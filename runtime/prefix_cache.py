@@ -28,7 +28,7 @@ class PrefixCache:
     def take(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
         """Retain the cached blocks that `tokens` starts with; the last token is always left to compute.
 
-        Returns the blocks and their keys. Counts of queried and hit tokens are kept for statistics.
+        Returns the blocks and their keys.
         """
         size, blocks, keys = self.block_tokens, [], list[bytes]()
         for start in range(0, len(tokens) - size, size):
@@ -39,6 +39,9 @@ class PrefixCache:
             self.pool.retain(block)
             blocks.append(block)
             keys.append(key)
-        self.queries += len(tokens)
-        self.hits += len(blocks) * size
         return blocks, keys
+
+    def count(self, queried: int, hit: int) -> None:
+        """Count tokens of a sequence that was started, for statistics."""
+        self.queries += queried
+        self.hits += hit

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from inferloom.runtime.errors import RequestError
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
 
@@ -53,7 +54,12 @@ def _adjusted(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int],
 
 
 def _draw(row: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
-    scaled = row.astype(np.float64) / params.temperature
+    wide = row.astype(np.float64)
+    top = wide.max()
+    if not np.isfinite(top):
+        raise RequestError("no token is left to draw: bias or bans leave none")
+    with np.errstate(over="ignore"):
+        scaled = (wide - top) / params.temperature  # from the top, so that a tiny temperature cannot overflow
     ids = None
     if 0 < params.top_k < len(scaled):
         # Ties at the edge go to the lower token id, so that the choice does not depend on how they are sorted.
@@ -61,7 +67,7 @@ def _draw(row: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> 
         above, equal = np.flatnonzero(scaled > edge), np.flatnonzero(scaled == edge)
         ids = np.concatenate([above, equal[:params.top_k - len(above)]])
         scaled = scaled[ids]
-    weights = np.exp(scaled - scaled.max())
+    weights = np.exp(scaled)
     probs = weights / weights.sum()
     if params.min_p > 0:
         probs = np.where(probs >= params.min_p * probs.max(), probs, 0.0)

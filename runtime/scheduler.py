@@ -44,6 +44,7 @@ class Scheduler:
         self.pool, self.limits, self.cache = pool, limits, cache
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.copies: list[tuple[int, int]] = []
         self.preemptions = 0
 
     @staticmethod
@@ -62,13 +63,18 @@ class Scheduler:
         self._release(sequence)
 
     def schedule(self) -> list[Work]:
-        """The next step; empty when nothing can run."""
+        """The next step; empty when nothing can run. `copies` are the blocks (from, to) to copy before it."""
         budget, work = self.limits.tokens, list[Work]()
+        self.copies = []
         self.running.sort(key=self._rank)
+        # A prompt's chunk leaves room for the one token of each sequence behind it, so that none stands still.
+        decoding = sum(len(s.tokens) - s.computed == 1 for s in self.running)
         for sequence in list(self.running):
-            if sequence not in self.running or budget == 0:
+            missing = len(sequence.tokens) - sequence.computed
+            decoding -= missing == 1
+            count = min(missing, budget if missing == 1 else budget - decoding)
+            if sequence not in self.running or count < 1:
                 continue  # preempted by one before it, or no room left
-            count = min(len(sequence.tokens) - sequence.computed, budget)
             if self._grow(sequence, count):
                 work.append(Work(sequence, count))
                 budget -= count
@@ -96,16 +102,33 @@ class Scheduler:
                 self.pool.register(sequence.blocks[at], key)
 
     def _must_wait(self, sequence: Sequence) -> bool:
-        """Further samples of a request wait for the first to compute the prompt that they will share."""
-        first = sequence.request.sequences[0]
-        return (self.cache is not None and sequence is not first and first in self.running
-                and first.computed < len(sequence.request.prompt_ids))
+        """Further samples of a request wait for one that is computing the prompt that they will share."""
+        prompt = len(sequence.request.prompt_ids)
+        return (sequence.generated == 0 and self._donor(sequence) is None
+                and any(s.request is sequence.request and s.computed < prompt for s in self.running))
+
+    def _donor(self, sequence: Sequence) -> Sequence | None:
+        """A running sample of the same request that has computed the prompt."""
+        prompt = len(sequence.request.prompt_ids)
+        return next((s for s in self.running if s.request is sequence.request and s.computed >= prompt), None)
+
+    def _fork(self, sequence: Sequence, donor: Sequence) -> int:
+        """Share the donor's full blocks of the prompt but its last token; the tokens of the part block to copy."""
+        whole, part = divmod(len(sequence.request.prompt_ids) - 1, self.limits.block_tokens)
+        sequence.blocks, sequence.keys = donor.blocks[:whole], donor.keys[:whole]
+        for block in sequence.blocks:
+            self.pool.retain(block)
+        return part
 
     def _start(self, sequence: Sequence, budget: int) -> bool:
         """Give a waiting sequence its cached blocks and room for its first tokens, or nothing."""
-        if self.cache is not None:
+        donor, part = (self._donor(sequence) if sequence.generated == 0 else None), 0
+        if donor is not None:
+            part = self._fork(sequence, donor)
+        elif self.cache is not None:
             sequence.blocks, sequence.keys = self.cache.take(sequence.tokens)
-        sequence.computed = len(sequence.blocks) * self.limits.block_tokens
+        shared = len(sequence.blocks)
+        sequence.computed = shared * self.limits.block_tokens + part
         if sequence.generated == 0:
             sequence.request.cached_tokens = max(sequence.request.cached_tokens, sequence.computed)
         count = min(len(sequence.tokens) - sequence.computed, budget)
@@ -113,6 +136,10 @@ class Scheduler:
             self._release(sequence)
             return False
         self._extend(sequence, count)
+        if donor is not None and part:  # copy on write: the block will take the sample's own tokens
+            self.copies.append((donor.blocks[shared], sequence.blocks[shared]))
+        elif donor is None and self.cache is not None:
+            self.cache.count(len(sequence.tokens), sequence.computed)
         return True
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
