@@ -1,0 +1,43 @@
+"""The benchmark's arithmetic, and that it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from inferloom.benchmarks import machine
+from inferloom.benchmarks.bench import bench
+from inferloom.benchmarks.cost import step_cost
+from inferloom.errors import InferloomError
+
+
+def test_step_cost_counts_matmuls(tiny_artifact: Path) -> None:
+    """hidden 64, inner 96, 4 + 2 + 2 heads of 16, 2 layers, vocabulary 258; columns are padded to 64, K to 32."""
+    cost = step_cost(tiny_artifact)
+    layer = 64 * 128 + 64 * 64 + 64 * 192 + 96 * 64
+    head = 64 * 320
+    assert cost.flops_per_token == 2 * 2 * layer
+    assert cost.flops_per_row == 2 * head
+    assert cost.bytes == 4 * (2 * layer + head)
+
+
+def test_bench_measures(tiny_artifact: Path) -> None:
+    said: list[str] = []
+    made = bench(tiny_artifact, threads=1, runs=1, batches=(1, 2), with_ceilings=False, progress=said.append)
+    names = [m["name"] for m in made["metrics"]]
+    assert names == ["load_to_first_token", "peak_rss", "decode_1", "decode_2", "prefill_255"]
+    assert all(m["value"] > 0 and m["ratio"] is None for m in made["metrics"])
+    assert len(said) == len(names) and json.loads(json.dumps(made))["threads"] == 1
+
+
+def test_ceilings_are_plausible() -> None:
+    got = machine.ceilings(1)
+    assert 0.5 < got["bw_4k"] < 2000 and 1 < got["fp32"] < 5000
+
+
+def test_a_missing_probe_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "SOURCE", tmp_path / "gone.c")
+    with pytest.raises(InferloomError, match="--no-ceilings"):
+        machine.ceilings(1)
