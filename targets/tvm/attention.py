@@ -1,7 +1,7 @@
 """Paged attention for mixed prefill and decode, with the variant's scalar expressions inlined.
 
-A chunk is one tile of up to 16 query tokens of a sequence, for one key-value head. Within it, a few query rows
-(tokens x the head's group) walk over the 16-token tiles of the cache together, with an online softmax a row.
+A chunk is one tile of up to 16 query tokens of a sequence, for one key-value head and up to 8 of the query heads
+that share it. Within it, a few query rows (tokens x query heads) walk over the 16-token tiles of the cache together, with an online softmax a row.
 Tiles are visited in order from the first that any of the rows may see; a masked key has probability exactly 0 and
 leaves a row's sums as they were, bit for bit, so results do not depend on tiling, chunking or batch.
 """
@@ -20,7 +20,20 @@ from inferloom.ir.graph import Graph, Value
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import LANES, bind, f32, kernel, lane_of, number, scratch, splat, store, vectors, wide
+from inferloom.targets.tvm.emit import (
+    LANES,
+    bind,
+    f32,
+    kernel,
+    lane_of,
+    number,
+    scratch,
+    splat,
+    store,
+    typed,
+    vectors,
+    wide,
+)
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.rows import storage
 from inferloom.targets.tvm.rowvalue import tree
@@ -38,7 +51,7 @@ def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str
         raise TypeError(body)
     made = _Attention(body, source, isa)
     fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
-    return fn, Grid(3, 1, made.state.heads), tuple(a for a, _ in made.signature)
+    return fn, Grid(3, 1, made.state.heads * made.parts), tuple(a for a, _ in made.signature)
 
 
 class _Attention:
@@ -54,6 +67,9 @@ class _Attention:
         self.state, self.q_type = state.type, q.type
         self.heads = int(str(q.type.shape[1]))
         self.group = self.heads // self.state.heads
+        #: Query heads of one key-value head are worked on in `parts` of `size`.
+        self.parts = -(-self.group // MAX_ROWS)
+        self.size = -(-self.group // self.parts)
         self.pair = 2 if self.state.dtype is DType.BF16 else 1
         if self.state.k_dim % self.pair:
             raise UnsupportedError(f"{self.node.loc}: a bf16 cache needs an even head size, not {self.state.k_dim}")
@@ -70,23 +86,27 @@ class _Attention:
         self.columns = int(str(tables.type.shape[1])) if isinstance(tables.type, TensorType) else 0
         self.stride = source.layouts[inputs[1]].block_stride // self.state.dtype.itemsize
         self.extra = len(extra)
-        self.tokens = max(1, MAX_ROWS // self.group)
+        self.tokens = max(1, MAX_ROWS // self.size)
 
     def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
         self.q, self.pool, starts, lens, self.tables = views[:5]
         self.extras, self.result, tiles = views[5:5 + self.extra], views[5 + self.extra], views[6 + self.extra]
         self.keys = views[7 + self.extra] if self.pair == 2 else self.pool
-        heads = self.state.heads
-        work, head = bind(chunk // heads), bind(chunk % heads)
+        mult = self.state.heads * self.parts
+        work, head, part = bind(chunk // mult), bind(chunk % mult // self.parts), chunk % self.parts
+        # The last part may stick out of the group: it repeats the last head, which writes the same values again.
+        q_heads = [bind(head * self.group + T.min(part * self.size + i, T.int32(self.group - 1)))
+                   for i in range(self.size)]
         seq, first, count = (bind(tiles[work * 3 + i]) for i in range(3))
         position = bind(lens[seq] - starts[seq + 1] + first)  # of the tile's first token
         with T.serial(0, (count + (self.tokens - 1)) // self.tokens) as block:
-            self._rows(seq, head, first, position, bind(block * self.tokens), count)
+            self._rows(seq, head, q_heads, first, position, bind(block * self.tokens), count)
 
-    def _rows(self, seq: Expr, head: Expr, first: Expr, position: Expr, begin: Expr, count: Expr) -> None:
-        """Attention of `tokens` tokens from `begin` of the tile, for all query heads of the group."""
-        state, group = self.state, self.group
-        rows = self.tokens * group
+    def _rows(self, seq: Expr, head: Expr, q_heads: list[Expr], first: Expr, position: Expr, begin: Expr,
+              count: Expr) -> None:
+        """Attention of `tokens` tokens from `begin` of the tile, for the query heads `q_heads`."""
+        state, size = self.state, self.size
+        rows = self.tokens * size
         dv, dk = state.v_dim, state.k_dim // self.pair
         lanes = vectors(dv)
         out, top, total = scratch(rows * dv), scratch(rows), scratch(rows * LANES)
@@ -96,15 +116,14 @@ class _Attention:
         where = [bind(position + o) for o in offsets]
         sink = int(str(self.node.attrs["sink"]))
         for r in range(rows):
-            q_head = head * group + r % group
-            start = self.extras[sink][q_head] if sink >= 0 else T.float32(LOWEST)
+            start = self.extras[sink][q_heads[r % size]] if sink >= 0 else T.float32(LOWEST)
             store(top, start, T.int32(r), 1)
             store(total, number(0.0, LANES), T.int32(r * LANES), LANES)
             if sink >= 0:
                 store(total, T.float32(1.0), T.int32(r * LANES), 1)
         with T.serial(0, rows * dv // lanes) as i:
             store(out, number(0.0, lanes), i * lanes, lanes)
-        lowest = bind(tree([self._scalar("first", w) for w in where], T.min) // KEYS)
+        lowest = bind(T.max(tree([self._scalar("first", w) for w in where], T.min), T.int32(0)) // KEYS)
         highest = bind(where[-1] // KEYS + 1)
         with T.serial(0, highest - lowest) as step:
             tile = bind(lowest + step)
@@ -112,27 +131,27 @@ class _Attention:
             blockid = bind(self.tables[seq * self.columns + tile // per_block])
             base = bind(wide(blockid) * self.stride
                         + wide((head * per_block + tile % per_block) * (KEYS * (state.k_dim + dv))))
-            self._scores(rows, dk, base, head, first, offsets, where, tile, top, total, probs, decay)
+            self._scores(rows, dk, base, q_heads, first, offsets, where, tile, top, total, probs, decay)
             self._values(rows, dv, lanes, bind(base + KEYS * state.k_dim), probs, decay, out)
         for r in range(rows):
-            token = first + offsets[r // group]
+            token = first + offsets[r // size]
             parts = [total[r * LANES + i] for i in range(LANES)]
             inverse = bind(T.float32(1.0) / tree(parts, lambda a, b: a + b))
-            target = bind(token * self.ldo + (head * group + r % group) * dv)
+            target = bind(token * self.ldo + q_heads[r % size] * dv)
             with T.serial(0, dv // lanes) as i:
                 y = out[lane_of(r * dv + i * lanes, lanes)] * splat(inverse, lanes)
                 if isinstance(self.out.type, TensorType) and self.out.type.dtype is DType.BF16:
                     y = vmath.f32_to_bf16(y, lanes)
                 store(self.result, y, target + i * lanes, lanes)
 
-    def _scores(self, rows: int, dk: int, base: Expr, head: Expr, first: Expr, offsets: list[Expr],
+    def _scores(self, rows: int, dk: int, base: Expr, q_heads: list[Expr], first: Expr, offsets: list[Expr],
                 where: list[Expr], tile: Expr, top: Expr, total: Expr, probs: Expr, decay: Expr) -> None:
         """Scores of one tile of keys for all rows, and the step of their online softmax."""
         acc = scratch(rows * KEYS)
         for r in range(rows):
             store(acc, number(0.0, KEYS), T.int32(r * KEYS), KEYS)
         keys = bind(base // self.pair)
-        queries = [bind((first + offsets[r // self.group]) * self.ldq + (head * self.group + r % self.group) * dk)
+        queries = [bind((first + offsets[r // self.size]) * self.ldq + q_heads[r % self.size] * dk)
                    for r in range(rows)]
         unroll = gcd(dk, 4)
         with T.serial(0, dk // unroll) as d4:
@@ -148,8 +167,8 @@ class _Attention:
         k_pos = bind(T.ramp(tile * KEYS, 1, KEYS))
         for r in range(rows):
             env = {"score": bind(acc[lane_of(T.int32(r * KEYS), KEYS)] * number(scale, KEYS)),
-                   "q_pos": splat(where[r // self.group], KEYS), "k_pos": k_pos,
-                   "head": splat(head * self.group + r % self.group, KEYS)}
+                   "q_pos": splat(where[r // self.size], KEYS), "k_pos": k_pos,
+                   "head": splat(q_heads[r % self.size], KEYS)}
             seen = self._vector("visible", env)
             score = bind(T.Select(seen, _float(self._vector("score", env), KEYS), number(LOWEST, KEYS)))
             lowered = scratch(KEYS)
@@ -197,7 +216,8 @@ class _Attention:
 
 
 def _float(x: Expr, lanes: int) -> Expr:
-    return T.cast(x, f32(lanes))
+    """Integers as floats, hidden from TVM's analysis, which fails on products of such floats."""
+    return bind(T.reinterpret(f32(lanes), T.reinterpret(typed("int32", lanes), T.cast(x, f32(lanes)))))
 
 
 def _is_float(x: Expr) -> bool:
@@ -206,7 +226,7 @@ def _is_float(x: Expr) -> bool:
 
 _ARITHMETIC = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "min": T.min,
                "max": T.max}
-_COMPARISON = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "eq": lambda a, b: a == b}
+_COMPARISON = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "eq": T.EQ}
 
 
 def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes: int) -> Expr:
@@ -221,8 +241,10 @@ def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes
         raise TypeError(e)
     args = [emit_expr(a, env, tables, lanes) for a in e.args]
     name = e.function
-    if name in ("div", "exp", "tanh") or (len(args) == 2 and _is_float(args[0]) != _is_float(args[1])):
-        args = [a if _is_float(a) else _float(a, lanes) for a in args]
+    numbers = args[1:] if name == "select" else args
+    if name in ("div", "exp", "tanh") or len({_is_float(a) for a in numbers}) > 1:
+        numbers = [a if _is_float(a) else _float(a, lanes) for a in numbers]
+        args = [*args[:len(args) - len(numbers)], *numbers]
     if name in _COMPARISON:  # TVM cannot name a vector of booleans
         return _COMPARISON[name](*args)
     if name in _ARITHMETIC:
@@ -244,6 +266,8 @@ def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes
         return bind(zero - args[0])
     if name == "select":
         return bind(T.Select(*args))
+    if name == "abs" and not _is_float(args[0]):
+        return bind(T.max(args[0], splat(T.int32(0), lanes) - args[0]))
     if name in ("exp", "tanh", "abs"):
         return {"exp": vmath.exp, "tanh": vmath.tanh, "abs": vmath.absolute}[name](args[0], lanes)
     raise UnsupportedError(f"the CPU target cannot lower the scalar function {name} yet")

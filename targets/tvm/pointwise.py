@@ -31,7 +31,7 @@ _BINARY = {
     "maximum": T.max, "minimum": T.min,
 }
 #: Not bound to a name: TVM cannot name a vector of booleans.
-_COMPARISON = {"lt": lambda x, y: x < y, "le": lambda x, y: x <= y, "eq": lambda x, y: x == y}
+_COMPARISON = {"lt": lambda x, y: x < y, "le": lambda x, y: x <= y, "eq": T.EQ}
 
 
 def supported(op: str) -> bool:
