@@ -12,6 +12,13 @@ from inferloom.targets.tvm.vmath import fma
 
 Expr = Any
 
+_PREFETCH = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+define linkonce_odr hidden void @inferloom_prefetch(ptr %p) alwaysinline nounwind {
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
+  ret void
+}
+"""
 _DPBF16 = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 define linkonce_odr hidden <16 x float> @inferloom_dpbf16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline nounwind {
@@ -35,7 +42,7 @@ class CpuIsa:
     @property
     def llvm(self) -> str:
         """LLVM IR that kernels using this ISA import."""
-        return _DPBF16 if self.bf16_dot else ""
+        return _PREFETCH + (_DPBF16 if self.bf16_dot else "")
 
     def dot_pair(self, acc: Expr, x: Expr, w: Expr) -> Expr:
         """acc + x0*w0 + x1*w1 for 16 lanes of bf16 pairs held in 32 bits."""

@@ -30,6 +30,8 @@ TILE = 64
 #: Rows of a panel: its sums take 96 * 64 * 4 bytes, half of a common L1 cache.
 PANEL = 96
 UNROLL = 4
+#: With more rows than this, computing hides the loading of weights by itself.
+PREFETCH_ROWS = 24
 
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
@@ -88,21 +90,32 @@ class _Matmul:
         with T.serial(0, (rows + (PANEL - 1)) // PANEL) as p:
             first = bind(p * PANEL)
             here = bind(T.min(T.int32(PANEL), rows - first))
-            for s in range(-(-self.count // depth)):
-                begin, end = s * depth, min(self.count, (s + 1) * depth)
-                with T.serial(0, here // isa.rows) as b:
-                    self._block(x, w, panel, weights, first, b * isa.rows, isa.rows, begin, end)
+            with T.serial(0, here * (TILE // LANES)) as i:
+                store(panel, number(0.0, LANES), i * LANES, LANES)
+            with T.serial(0, -(-self.count // depth)) as s:
+                begin = bind(s * depth)
+                steps = bind(T.min(T.int32(depth), self.count - begin))
+                with T.If(here <= PREFETCH_ROWS):
+                    with T.Then():
+                        with T.serial(0, here // isa.rows) as b:
+                            self._block(x, w, panel, weights, first, b * isa.rows, isa.rows, begin, steps, depth)
+                    with T.Else():
+                        with T.serial(0, here // isa.rows) as b:
+                            self._block(x, w, panel, weights, first, b * isa.rows, isa.rows, begin, steps, 0)
                 rest = bind(here % isa.rows)
                 for tail in range(1, isa.rows):
                     with T.If(rest == tail):
                         with T.Then():
-                            self._block(x, w, panel, weights, first, here - tail, tail, begin, end)
+                            self._block(x, w, panel, weights, first, here - tail, tail, begin, steps, depth)
             with T.serial(0, here) as r:
                 self._epilogue(views, panel, tile, r, bind(first + r))
 
     def _block(self, x: Expr, w: Expr, panel: Expr, weights: Expr, first: Expr, row: Expr, count: int,
-               begin: int, end: int) -> None:
-        """Add steps begin..end of `count` rows from `row` of the panel to their sums."""
+               begin: Expr, steps: Expr, ahead: int) -> None:
+        """Add `steps` steps from `begin` of `count` rows from `row` of the panel to their sums.
+
+        Weights `ahead` steps further are prefetched (0: none): few rows would otherwise wait for each slice.
+        """
         isa = self.isa
         width = isa.vectors if count > 1 else TILE // LANES
         row = bind(row)
@@ -117,24 +130,26 @@ class _Matmul:
 
             for m in range(count):
                 for v in range(width):
-                    T.buffer_store(acc, number(0.0, LANES) if begin == 0 else panel[place(m, v)], [cell(m, v)])
-            xs = bind((first + row) * self.ldx)
+                    T.buffer_store(acc, panel[place(m, v)], [cell(m, v)])
+            xs = bind((first + row) * self.ldx + begin)
+            base = bind(weights + wide(begin * TILE + group * width * LANES))
 
             def step(k: Expr) -> None:
-                ws = [bind(w[T.ramp(weights + wide(k * TILE + (group * width + v) * LANES), 1, LANES)])
-                      for v in range(width)]
+                ws = [bind(w[T.ramp(base + wide(k * TILE + v * LANES), 1, LANES)]) for v in range(width)]
+                for v in range(width if ahead else 0):
+                    T.evaluate(T.call_extern("void", "inferloom_prefetch",
+                                             T.address_of(w[base + wide((k + ahead) * TILE + v * LANES)])))
                 for m in range(count):
                     xv = bind(splat(x[xs + m * self.ldx + k], LANES))
                     for v in range(width):
                         made = self._multiply(acc[cell(m, v)], xv, ws[v])
                         T.buffer_store(acc, made, [cell(m, v)])
 
-            whole = (end - begin) // UNROLL
-            with T.serial(0, whole) as k4:
+            with T.serial(0, steps // UNROLL) as k4:
                 for u in range(UNROLL):
-                    step(k4 * UNROLL + (begin + u))
-            for k in range(begin + whole * UNROLL, end):
-                step(T.int32(k))
+                    step(k4 * UNROLL + u)
+            with T.serial(0, steps % UNROLL) as k:
+                step(steps // UNROLL * UNROLL + k)
             for m in range(count):
                 for v in range(width):
                     T.buffer_store(panel, acc[cell(m, v)], [place(m, v)])
