@@ -43,9 +43,17 @@ def complete(folder: Path, prompt: str, new_tokens: int) -> str:
 
 
 def write_readme(
-    out: Path, score: Score, train_files: int, train_tokens: int, steps: int, batch_tokens: int, seed: int
+    out: Path,
+    scores: dict[int, Score],
+    train_files: int,
+    train_tokens: int,
+    steps: int,
+    batch_tokens: int,
+    seed: int,
 ) -> None:
-    """Write `out/README.md` from the measured numbers and fresh greedy samples."""
+    """Write `out/README.md` from the held-out scores by window length and from fresh greedy samples."""
+    score = scores[max(scores)]
+    rows = "\n".join(f"| {n:,} tokens | {s.perplexity:.2f} | {s.bits_per_byte:.3f} |" for n, s in scores.items())
     python = platform.python_version()
     samples = "\n".join(f"```python\n{complete(out, p, SAMPLE_TOKENS).rstrip()}\n```" for p in PROMPTS)
     text = f"""# Demo model
@@ -66,10 +74,9 @@ checkpoint at hand, without a download. It is good enough to write plausible Pyt
 Measured by `evaluate` in `train.py` on {score.files} files ({score.bytes:,} bytes, {score.tokens:,} tokens)
 that were chosen by a hash of their path and never trained on:
 
-| Held-out measure | Value |
-| --- | --- |
-| Perplexity per token | {score.perplexity:.2f} |
-| Bits per byte | {score.bits_per_byte:.3f} |
+| Held out, in windows of | Perplexity per token | Bits per byte |
+| --- | --- | --- |
+{rows}
 
 Greedy samples, {SAMPLE_TOKENS} tokens each (the prompts are {", ".join(f"`{p!r}`" for p in PROMPTS)}):
 
@@ -79,8 +86,8 @@ Greedy samples, {SAMPLE_TOKENS} tokens each (the prompts are {", ".join(f"`{p!r}
 ```
 python -m inferloom.models.demo.train --minutes 50 --threads 1 --seed 0 --out DIR
 ```
-A run with `--minutes` plans its schedule from the clock, so two such runs differ slightly. `--steps {steps}`
-takes that many steps at any speed; two such runs with the same seed, thread count and library versions agree.
+A run with `--minutes` plans its schedule from the clock, so no two such runs are the same. With `--steps N` the
+schedule depends on N alone; two such runs with the same seed, thread count and library versions agree.
 The files hold no pickle: weights are safetensors, the rest is JSON.
 """
     (out / "README.md").write_text(text, encoding="utf-8")

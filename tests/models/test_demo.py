@@ -113,7 +113,7 @@ def test_held_out_score_and_sample() -> None:
         LlamaForCausalLM.from_pretrained(FOLDER), Tokenizer.from_file(str(FOLDER / "tokenizer.json")), sample
     )
     assert 0.5 < score.bits_per_byte < 2.0  # untrained: about 3.5; below 0.5 it has seen the files
-    assert score.perplexity < 70
+    assert score.perplexity < 50
     assert "import " in complete(FOLDER, "import os\n", 16).removeprefix("import os\n")
 
 
