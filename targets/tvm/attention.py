@@ -1,7 +1,8 @@
 """Paged attention for mixed prefill and decode, with the variant's scalar expressions inlined.
 
 A chunk is one tile of up to 16 query tokens of a sequence, for one key-value head and up to 8 of the query heads
-that share it. Within it, a few query rows (tokens x query heads) walk over the 16-token tiles of the cache together, with an online softmax a row.
+that share it. Within it, a few query rows (tokens x query heads) walk over the 16-token tiles of the cache together,
+with an online softmax a row.
 Tiles are visited in order from the first that any of the rows may see; a masked key has probability exactly 0 and
 leaves a row's sums as they were, bit for bit, so results do not depend on tiling, chunking or batch.
 """
