@@ -11,6 +11,9 @@ from typing import Any
 
 from inferloom.ir.errors import UnsupportedError
 
+TABLE = Path(__file__).with_name("chips.toml")
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:
@@ -48,7 +51,7 @@ class Chip:
 @cache
 def chips() -> dict[str, Chip]:
     """Every known chip by name, from the most general of a family to the most capable."""
-    data = tomllib.loads(Path(__file__).with_name("chips.toml").read_text())
+    data = tomllib.loads(TABLE.read_text())
     known = {f.name for f in fields(Chip)}
     table = {}
     for name, entry in data.items():
@@ -61,11 +64,19 @@ def chips() -> dict[str, Chip]:
 
 
 def host_features() -> frozenset[str]:
-    """CPU flags of this machine, as Linux names them."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    """CPU flags of this machine, as Linux names them; none where Linux does not."""
+    return parse_cpuinfo(CPUINFO.read_text()) if CPUINFO.exists() else frozenset()
+
+
+def parse_cpuinfo(text: str) -> frozenset[str]:
+    """The flags that /proc/cpuinfo lists; a RISC-V `isa` string is taken apart into its extensions."""
+    for line in text.splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features", "isa"):
+        if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
+        if key.strip() == "isa":
+            base, *extensions = value.strip().lower().split("_")
+            return frozenset([*base.removeprefix("rv64").removeprefix("rv32"), *extensions])
     return frozenset()
 
 

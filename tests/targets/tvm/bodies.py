@@ -162,7 +162,8 @@ def _place(value: Value, x: Any) -> np.ndarray:
 def _read(value: Value, memory: np.ndarray) -> np.ndarray:
     assert isinstance(value.type, TensorType)
     ld = _layout(value).ld or 1
-    data = memory.view(STORED[value.type.dtype]).reshape(-1, ld)
+    data = memory.view(STORED[value.type.dtype])
+    data = data.reshape(len(data) // ld, ld)
     size = _elements(value.type)
     assert not data[:, size:].any(), "written past the end of a row"
     rows = to_float(data[:, :size].copy(), value.type.dtype)
