@@ -209,7 +209,7 @@ class _Grouping:
                 return None if value is None else env[value]
             maker = self.made_by.get(value)
             if maker is not None and maker.op == "constant":
-                env[value] = builder.emit("constant", **maker.attrs)
+                env[value] = builder.emit_node("constant", (), maker.attrs).result
             else:
                 env[value] = builder.input(value.name, value.type)
                 operands.append(value)

@@ -185,7 +185,7 @@ class _Program:
 
     def _permute(self, node: Node, row: Expr) -> RowValue:
         x, shape = self._of(node.operands[0]), self._shape(node.result)
-        axes = [self._axis(node, int(a)) for a in node.attrs["axes"][1:]]  # type: ignore[index, union-attr]
+        axes = [self._axis(node, a) for a in _axes(node)[1:]]
 
         def load(row: Expr, index: Any, lanes: int) -> Expr:
             moved = [index[axes.index(a)] for a in range(len(axes))]
@@ -218,7 +218,7 @@ class _Program:
 
     def _reduced(self, node: Node, row: Expr, start: float, combine: Any, mean: bool) -> RowValue:
         x = self._of(node.operands[0])
-        axes = sorted(self._axis(node, int(a)) for a in node.attrs["axes"])  # type: ignore[union-attr]
+        axes = sorted(self._axis(node, a) for a in _axes(node))
         if axes != list(range(len(x.shape) - len(axes), len(x.shape))):
             raise UnsupportedError(f"{node.loc}: the CPU target reduces trailing axes only, not {axes}")
         count = prod(x.shape[axes[0]:])
@@ -366,6 +366,13 @@ class _Program:
             store(view, vmath.f32_to_bf16(x, lanes) if narrow else x, flat(index, source.shape) + row * ld, lanes)
 
         loop(source.shape, lanes, put)
+
+
+def _axes(node: Node) -> list[int]:
+    axes = node.attrs["axes"]
+    if not isinstance(axes, tuple):
+        raise TypeError(axes)
+    return [int(str(a)) for a in axes]
 
 
 def _rsqrt(mean: Expr, eps: float) -> Expr:

@@ -1,0 +1,140 @@
+"""`AsyncLLM`: the engine for asyncio.
+
+One background thread owns the engine. Callers hand it requests and aborts through a queue, and each request has a
+mailbox of one slot: outputs are cumulative, so a slow reader sees the newest and nothing piles up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from inferloom.runtime.errors import InferloomError, RequestError
+from inferloom.runtime.llm import LLM, Prompt
+from inferloom.runtime.outputs import RequestOutput
+from inferloom.runtime.params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class _Mailbox:
+    """Where one request's newest output waits for its reader; touched on the reader's event loop only."""
+
+    loop: asyncio.AbstractEventLoop
+    ready: asyncio.Event
+    newest: RequestOutput | BaseException | None = None
+
+    def put(self, item: RequestOutput | BaseException) -> None:
+        """From any thread; a reader whose loop is gone needs nothing."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._set, item)
+
+    def _set(self, item: RequestOutput | BaseException) -> None:
+        self.newest = item
+        self.ready.set()
+
+
+class AsyncLLM:
+    """`LLM` for asyncio; takes what `LLM` takes. Installs no signal handlers."""
+
+    def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
+        self.llm = LLM(path, **options)
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._boxes: dict[str, _Mailbox] = {}
+        self._count, self._closed = itertools.count(1), False
+        self._thread = threading.Thread(target=self._run, name="inferloom-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None,
+                       priority: int = 0) -> AsyncIterator[RequestOutput]:
+        """Yield the request's output as it grows; the last one is finished.
+
+        Leaving the iteration early (or cancelling its task) aborts the request. RequestError when it cannot be
+        served.
+        """
+        if self._closed:
+            raise RequestError("the engine is closed")
+        name = request_id if request_id is not None else f"async-{next(self._count)}"
+        if name in self._boxes:
+            raise RequestError(f"request id {name!r} is in use")
+        box = self._boxes[name] = _Mailbox(asyncio.get_running_loop(), asyncio.Event())
+        self._work.put(lambda: self._add(name, prompt, params or SamplingParams(), priority))
+        finished = False
+        try:
+            while not finished:
+                await box.ready.wait()
+                box.ready.clear()
+                item, box.newest = box.newest, None
+                if isinstance(item, BaseException):
+                    finished = True
+                    raise item
+                if item is not None:
+                    finished = item.finished
+                    yield item
+        finally:
+            self._boxes.pop(name, None)
+            if not finished:
+                self._work.put(lambda: self._abort(name))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request now; its reader gets a last output with finish_reason "abort"."""
+        self._work.put(lambda: self._abort(request_id))
+
+    def close(self) -> None:
+        """Abort what runs, stop the thread, give memory back. Closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._work.put(None)
+            self._thread.join()
+            self.llm.close()
+
+    # -- the engine's thread
+
+    def _run(self) -> None:
+        engine = self.llm.engine
+        while True:
+            # With nothing to compute, sleep until someone asks for something.
+            while not engine.has_unfinished or not self._work.empty():
+                task = self._work.get()
+                if task is None:
+                    for name in list(self._boxes):
+                        self._abort(name)
+                    return
+                task()
+            try:
+                outputs = engine.step()
+            except BaseException as error:  # an engine that broke serves nobody; every reader must learn of it
+                self._closed = True
+                for box in list(self._boxes.values()):
+                    box.put(error)
+                return
+            for output in outputs:
+                self._deliver(output)
+
+    def _add(self, name: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+        try:
+            tokens = self.llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            self.llm.engine.add_request(name, tokens, params, prompt if isinstance(prompt, str) else None, priority)
+        except (InferloomError, TypeError, ValueError) as error:
+            box = self._boxes.get(name)
+            if box is not None:
+                box.put(error)
+
+    def _abort(self, name: str) -> None:
+        output = self.llm.engine.abort(name)
+        if output is not None:
+            self._deliver(output)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        box = self._boxes.get(output.request_id)
+        if box is not None:
+            box.put(output)
+
+
+__all__ = ["AsyncLLM"]
