@@ -24,7 +24,7 @@ async def main() -> None:
         stream(llm, "sampled", "def main(", SamplingParams(temperature=0.9, seed=1, max_tokens=48)),
         stream(llm, "given up", "class Node:", SamplingParams(temperature=0, max_tokens=512), give_up_after=8),
     )
-    await llm.close()
+    llm.close()
 
 
 asyncio.run(main())
