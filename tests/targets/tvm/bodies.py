@@ -155,7 +155,7 @@ def _place(value: Value, x: Any) -> np.ndarray:
         memory[:stored.nbytes] = stored.reshape(-1).view(np.uint8)
         return memory
     memory = aligned(len(stored) * ld * stored.itemsize)
-    memory.view(kind).reshape(len(stored), ld)[:, :_elements(value.type)] = stored.reshape(len(stored), -1)
+    memory.view(kind).reshape(len(stored), ld)[:, :_elements(value.type)] = stored.reshape(len(stored), _elements(value.type))
     return memory
 
 

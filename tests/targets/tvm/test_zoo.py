@@ -1,0 +1,44 @@
+"""Kernels of traced architectures: each against the interpreter, the logits against the traced graph, chunks bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from inferloom.compiler.passes.pack_weights import Packing
+from inferloom.compiler.pipeline import Options, lower
+from inferloom.compiler.report import Report
+from inferloom.ir.interpret import interpret
+from inferloom.ir.types import DType
+from tests import zoo
+from tests.compiler.graphs import paged_inputs
+from tests.compiler.passes.test_zoo import random_params
+from tests.targets.tvm.harness import Compiled
+
+PACKING = Packing(64, 32, {DType.F32: 1, DType.BF16: 2})
+BLOCK = 16
+#: Biases of interleaved columns; a bias by distance, a bias for each head.
+QUICK = {"llama_tied_bias", "mpt"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO])
+def test_architecture(name: str) -> None:
+    from inferloom.compiler.frontends.huggingface import trace_config
+
+    traced, _ = trace_config(zoo.config(name))
+    before = traced.imported.graph
+    params = random_params(before, traced.imported.buffers)
+    ids = np.random.default_rng(1).integers(0, 131, 23).astype(np.int32)
+    rows = np.array([0, 9, 22], np.int32)
+    (want,) = interpret(before, {"tokens": ids, "positions": np.arange(23, dtype=np.int32), "logit_rows": rows}, params)
+    for dtype, tolerance in ((DType.F32, 1e-4), (DType.BF16, 0.2)):
+        graph = lower(before, Options(dtype, PACKING, BLOCK, 64, 4, 4), Report())
+        compiled = Compiled(graph, params)
+        whole = compiled.run(paged_inputs(graph, ids, 0, None, BLOCK, rows), check=True).copy()
+        assert np.abs(whole - want).max() <= tolerance * want.std()
+        compiled.pool[:] = 0
+        at, last = 0, whole
+        for count in (1, 16, 5, 1):
+            last = compiled.run(paged_inputs(graph, ids[at:at + count], at, None, BLOCK, np.array([count - 1])))
+            at += count
+        assert np.array_equal(last[0], whole[2])
