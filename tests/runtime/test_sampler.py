@@ -1,0 +1,72 @@
+"""Sampling against straightforward formulations."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from inferloom.runtime.errors import RequestError
+from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.sampler import sample
+
+ROW = np.array([2.0, 1.0, 0.5, 0.0, -1.0, 1.5], np.float32)
+
+
+def draws(count: int = 4000, **params: object) -> Counter[int]:
+    p = SamplingParams(**params)  # type: ignore[arg-type]
+    return Counter(sample(ROW, p, [], [], seed, 0)[0] for seed in range(count))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x.astype(np.float64) - x.max())
+    return e / e.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_softmax(temperature: float) -> None:
+    found = draws(temperature=temperature)
+    want = softmax(ROW / np.float32(temperature))
+    assert max(abs(found[i] / 4000 - want[i]) for i in range(6)) < 0.03
+
+
+def test_filters_keep_exactly_what_they_say() -> None:
+    assert set(draws(top_k=2)) == {0, 5}
+    assert set(draws(top_p=0.6)) == {0, 5}  # 0.44 + 0.27 reach 0.6
+    assert set(draws(min_p=0.3)) == {0, 1, 5}  # at least 0.3 of the top probability
+    assert set(draws(temperature=0, count=3)) == {0}
+    assert set(draws(logit_bias={4: 100.0}, count=50)) == {4}
+
+
+def test_penalties() -> None:
+    def first(generated: list[int], **params: float) -> int:
+        return sample(ROW, SamplingParams(temperature=0, **params), [0], generated, 0, 0)[0]  # type: ignore[arg-type]
+
+    assert first([]) == 0
+    assert first([], repetition_penalty=2.0) == 5  # the prompt counts: 2.0 / 2 < 1.5
+    assert first([0], presence_penalty=0.6) == 5
+    assert first([0, 0], frequency_penalty=0.3) == 5 and first([0], frequency_penalty=0.3) == 0
+
+
+def test_logprobs() -> None:
+    token, found = sample(ROW, SamplingParams(temperature=0, logprobs=2), [], [], 0, 0)
+    want = np.log(softmax(ROW))
+    assert token == 0 and found is not None and list(found) == [0, 5]
+    assert [found[t].rank for t in found] == [1, 2]
+    assert all(abs(found[t].logprob - want[t]) < 1e-9 for t in found)
+
+
+def test_seed_and_position_decide() -> None:
+    p = SamplingParams(temperature=1.0)
+    assert [sample(ROW, p, [], [0] * i, 7, 0)[0] for i in range(20)] == [sample(ROW, p, [1], [0] * i, 7, 0)[0] for i in range(20)]
+    assert len({tuple(sample(ROW, p, [], [0] * i, s, 0)[0] for i in range(9)) for s in range(5)}) == 5
+
+
+@pytest.mark.parametrize("bad", [{"n": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -2}, {"min_p": 1.5},
+                                 {"repetition_penalty": 0.0}, {"presence_penalty": 3.0}, {"max_tokens": 0},
+                                 {"max_tokens": 2, "min_tokens": 3}, {"logprobs": -1}, {"stop": [""]},
+                                 {"temperature": float("nan")}])
+def test_bad_parameters_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match=next(iter(bad))):
+        SamplingParams(**bad)  # type: ignore[arg-type]
