@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,15 @@ def test_block(kind: str, text: str, folder: Path) -> None:
         for line in text.splitlines():
             assert line.startswith("$ "), f"a console block holds commands only: {line!r}"
             assert run(shlex.split(line[2:]), folder).strip()
+
+
+def test_the_pass_in_the_docs_works() -> None:
+    """The first program of add-a-pass.md is a module whose docstring is a doctest."""
+    (text, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add-a-pass.md").read_text(), re.DOTALL)
+    module = types.ModuleType("documented_pass")
+    code = compile(text, "docs/add-a-pass.md", "exec")
+    types.FunctionType(code, vars(module))()
+    assert doctest.testmod(module) == (0, 3)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
