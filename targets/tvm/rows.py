@@ -55,7 +55,7 @@ def lower(source: KernelSource) -> tuple[Any, Grid, tuple[int | str, ...]]:
         raise TypeError(body)
     program = _Program(body, source)
     fn = kernel(source.symbol, program.signature, program.emit)
-    return fn, Grid(row_dim([v.type for v in body.outputs]), ROWS_PER_CHUNK, 1), tuple(a for a, _ in program.signature)
+    return fn, Grid(program.dim, ROWS_PER_CHUNK, 1), tuple(a for a, _ in program.signature)
 
 
 def storage(value: Value) -> str:
@@ -79,7 +79,8 @@ class _Program:
         self.signature: list[tuple[int | str, str]] = [(i, storage(v)) for i, v in enumerate(body.inputs)]
         self.stored = [(i, v) for i, v in enumerate(body.outputs) if not isinstance(v.type, StateType)]
         self.signature += [(len(body.inputs) + i, storage(v)) for i, v in self.stored]
-        self.dim = row_dim([v.type for v in body.outputs])
+        # A kernel may only write state; a gather's rows are those of its result.
+        self.dim = row_dim([v.type for v in (*body.outputs, *body.inputs)])
         self.env: dict[Value, RowValue] = {}
         self.views: dict[Value, Expr] = {}
         self.state: dict[Value, tuple[Expr, int]] = {}
