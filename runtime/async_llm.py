@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from inferloom.runtime.errors import InferloomError, RequestError
+from inferloom.runtime.errors import RequestError
 from inferloom.runtime.llm import LLM, Prompt
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
@@ -46,8 +46,10 @@ class AsyncLLM:
     def __init__(self, path: str | os.PathLike[str], **options: Any) -> None:
         self.llm = LLM(path, **options)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._boxes: dict[str, _Mailbox] = {}
-        self._count, self._closed = itertools.count(1), False
+        self._boxes: dict[str, _Mailbox] = {}  # of all open generators
+        self._live: dict[str, _Mailbox] = {}  # of the engine's requests; its thread's own
+        self._count, self._closed, self._freed = itertools.count(1), False, False
+        self._lock = threading.Lock()  # nothing is queued behind the engine's end
         self._thread = threading.Thread(target=self._run, name="inferloom-engine", daemon=True)
         self._thread.start()
 
@@ -58,13 +60,15 @@ class AsyncLLM:
         Leaving the iteration early (or cancelling its task) aborts the request. RequestError when it cannot be
         served.
         """
-        if self._closed:
-            raise RequestError("the engine is closed")
         name = request_id if request_id is not None else f"async-{next(self._count)}"
-        if name in self._boxes:
-            raise RequestError(f"request id {name!r} is in use")
-        box = self._boxes[name] = _Mailbox(asyncio.get_running_loop(), asyncio.Event())
-        self._work.put(lambda: self._add(name, prompt, params or SamplingParams(), priority))
+        box = _Mailbox(asyncio.get_running_loop(), asyncio.Event())
+        with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed")
+            if name in self._boxes:
+                raise RequestError(f"request id {name!r} is in use")
+            self._boxes[name] = box
+            self._work.put(lambda: self._add(name, box, prompt, params or SamplingParams(), priority))
         finished = False
         try:
             while not finished:
@@ -78,9 +82,10 @@ class AsyncLLM:
                     finished = item.finished
                     yield item
         finally:
-            self._boxes.pop(name, None)
-            if not finished:
-                self._work.put(lambda: self._abort(name))
+            with self._lock:
+                self._boxes.pop(name, None)
+                if not finished:
+                    self._work.put(lambda: self._abort(name, box))
 
     async def abort(self, request_id: str) -> None:
         """End a request now; its reader gets a last output with finish_reason "abort"."""
@@ -88,10 +93,11 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Abort what runs, stop the thread, give memory back. Closing twice is fine."""
-        if not self._closed:
-            self._closed = True
+        with self._lock:
+            freed, self._freed, self._closed = self._freed, True, True
             self._work.put(None)
-            self._thread.join()
+        self._thread.join()
+        if not freed:
             self.llm.close()
 
     # -- the engine's thread
@@ -103,38 +109,41 @@ class AsyncLLM:
             while not engine.has_unfinished or not self._work.empty():
                 task = self._work.get()
                 if task is None:
-                    for name in list(self._boxes):
+                    for name in list(self._live):
                         self._abort(name)
                     return
                 task()
             try:
                 outputs = engine.step()
             except BaseException as error:  # an engine that broke serves nobody; every reader must learn of it
-                self._closed = True
-                for box in list(self._boxes.values()):
-                    box.put(error)
+                with self._lock:
+                    self._closed = True
+                    for box in self._boxes.values():
+                        box.put(error)
                 return
             for output in outputs:
                 self._deliver(output)
 
-    def _add(self, name: str, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+    def _add(self, name: str, box: _Mailbox, prompt: Prompt, params: SamplingParams, priority: int) -> None:
         try:
             tokens = self.llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
             self.llm.engine.add_request(name, tokens, params, prompt if isinstance(prompt, str) else None, priority)
-        except (InferloomError, TypeError, ValueError) as error:
-            box = self._boxes.get(name)
-            if box is not None:
-                box.put(error)
+        except Exception as error:  # the request's own: the engine goes on
+            box.put(error)
+        else:
+            self._live[name] = box
 
-    def _abort(self, name: str) -> None:
-        output = self.llm.engine.abort(name)
-        if output is not None:
-            self._deliver(output)
+    def _abort(self, name: str, box: _Mailbox | None = None) -> None:
+        """Abort a request; only the one that `box` belongs to, if given: its name may be in use again."""
+        if box is None or self._live.get(name) is box:
+            output = self.llm.engine.abort(name)
+            if output is not None:
+                self._deliver(output)
 
     def _deliver(self, output: RequestOutput) -> None:
-        box = self._boxes.get(output.request_id)
-        if box is not None:
-            box.put(output)
+        self._live[output.request_id].put(output)
+        if output.finished:
+            del self._live[output.request_id]
 
 
 __all__ = ["AsyncLLM"]
