@@ -128,7 +128,10 @@ static void publish(void) {
 }
 
 static void stop_workers(void) {
-  if (started == 1) return;
+  if (started == 1) {  // steps on one thread count too, and new workers begin at 0
+    atomic_store(&job.generation, 0);
+    return;
+  }
   atomic_store(&job.stop, 1);
   publish();
   for (int i = 1; i < started; i++) pthread_join(threads[i], NULL);
