@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from inferloom.runtime.chat import ChatTemplate
 from inferloom.runtime.errors import RequestError
 
