@@ -1,8 +1,8 @@
 """Errors of the compiler side; each message says what, where, and what to do."""
 
+from inferloom.errors import InferloomError
 
-class InferloomError(Exception):
-    """Base of every error that inferloom raises on purpose."""
+__all__ = ["InferloomError", "UnsupportedError", "VerifyError"]
 
 
 class VerifyError(InferloomError):
