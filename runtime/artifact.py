@@ -133,13 +133,17 @@ def seal(folder: str | os.PathLike[str], manifest: Manifest) -> Artifact:
 
 @cache
 def host_features() -> frozenset[str]:
-    """This machine's CPU flags, as /proc/cpuinfo names them."""
+    """This machine's CPU flags, as /proc/cpuinfo names them; a RISC-V `isa` string is taken apart."""
     found: set[str] = set()
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         for line in file:
             key, _, value = line.partition(":")
             if key.strip() in ("flags", "Features"):
                 found.update(value.lower().split())
+                break
+            if key.strip() == "isa":
+                base, *extensions = value.strip().lower().split("_")
+                found.update(base.removeprefix("rv64").removeprefix("rv32"), extensions)
                 break
     return frozenset(found)
 
