@@ -27,6 +27,7 @@ from inferloom.runtime.weights import Weights, load_verified, load_weights
 
 __all__ = ["Artifact", "host_features", "publish", "seal", "staging"]
 _MAX_MANIFEST = 64 << 20
+_HASH_BYTES = 16 << 20
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -117,7 +118,7 @@ def seal(folder: str | os.PathLike[str], manifest: Manifest) -> Artifact:
     """
     root, files = Path(folder), {}
     for name, size in sorted(_walk(root)):
-        files[name] = FileInfo(size, blake3(max_threads=blake3.AUTO).update_mmap(root / name).hexdigest())
+        files[name] = FileInfo(size, _hash(root / name))
         _sync(root / name)
     data = manifests.dumps(replace(manifest, files=files))
     for name, content in ((MANIFEST, data), (SEAL, (blake3(data).hexdigest() + "\n").encode())):
@@ -132,6 +133,15 @@ def seal(folder: str | os.PathLike[str], manifest: Manifest) -> Artifact:
 
 
 @cache
+def _hash(path: Path) -> str:
+    """BLAKE3 of a file, read in pieces: a mapping of a large file would count as this process's memory."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    with path.open("rb") as file:
+        while piece := file.read(_HASH_BYTES):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
 def host_features() -> frozenset[str]:
     """This machine's CPU flags, as /proc/cpuinfo names them; a RISC-V `isa` string is taken apart."""
     found: set[str] = set()
