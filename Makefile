@@ -11,13 +11,13 @@ FOLDERS := ir compiler targets runtime models benchmarks
 PROMPT ?= def read_lines(path):
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo-artifact demo test lint ruff mypy contracts docs check-docs unit thin slow clean
+.PHONY: help install demo-artifact demo test lint ruff mypy contracts docs check-docs unit interpret thin slow clean
 
 help:
 	@echo "make demo   install into $(VENV), compile the demo model for this CPU, generate text"
 	@echo "make test   the same, then lint, type check, import contracts and tests"
 	@echo "make slow   the tests that take minutes"
-	@echo "make lint | unit | thin   parts of 'make test'"
+	@echo "make lint | unit | interpret | thin   parts of 'make test'"
 	@echo "make docs   write the generated pages again; make clean   remove what was built"
 
 $(INSTALLED): pyproject.toml setup.py
@@ -37,7 +37,7 @@ demo: demo-artifact
 	@echo "==> generating from: $(PROMPT)"
 	@$(BIN)/inferloom run build/demo "$(PROMPT)" --max-tokens 64 --temperature 0 --stats
 
-test: demo lint unit thin
+test: demo lint unit interpret thin
 
 # mypy and import-linter read files, not import hooks: show them the package as one tree.
 build/tree: $(INSTALLED)
@@ -68,6 +68,11 @@ unit slow: export XDG_CACHE_HOME := $(CURDIR)/build/cache
 unit: $(INSTALLED)
 	@echo "==> tests"; $(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
+# GPU kernels in Triton's interpreter, which needs processes of its own.
+interpret: export TRITON_INTERPRET := 1
+interpret: $(INSTALLED)
+	@echo "==> GPU kernels in the interpreter"; $(BIN)/pytest -q -n $(JOBS) -m "not slow" tests/interpreter
+
 # The base install in an environment of its own: no compiler, no torch; it loads and generates.
 thin: demo-artifact
 	@echo "==> thin runtime: base install only"
@@ -78,6 +83,7 @@ thin: demo-artifact
 
 slow: demo-artifact
 	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "slow and not gpu"
+	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n $(JOBS) -m slow tests/interpreter
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from inferloom.compiler.frontends.huggingface import TracedModel, load
 from inferloom.compiler.kernels import Selection, select_kernels
 from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
-from inferloom.compiler.plan import Placement, Plan, plan_memory, tensor_bytes
+from inferloom.compiler.plan import Placement, Plan, Rows, align, plan_memory, tensor_bytes
 from inferloom.compiler.report import Report
 from inferloom.compiler.weights import weight_buffers
 from inferloom.ir.errors import UnsupportedError
@@ -28,32 +28,36 @@ from inferloom.runtime import manifest as m
 from inferloom.runtime import safetensors
 from inferloom.runtime.artifact import seal
 from inferloom.runtime.publish import publish, staging
-from inferloom.targets.base import CompiledModule
-from inferloom.targets.chips import Chip, find
-from inferloom.targets.tvm.codegen import compile_kernels
+from inferloom.targets.base import OUTPUT, CompiledModule, Logits, Scratch, Target
+from inferloom.targets.chips import find
+from inferloom.targets.select import target_for
 
 Progress = Callable[[str], None]
-DTYPES = {"fp32": DType.F32, "bf16": DType.BF16}
-PACKING = Packing(tile=64, k_multiple=32, pair={DType.F32: 1, DType.BF16: 2})
+DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
 WEIGHTS_FILE = "weights/model.safetensors"
-_STORED = {DType.F32: ("F32", 4), DType.BF16: ("BF16", 2), DType.I32: ("I32", 4)}
-_TOOLS = ("torch", "transformers", "apache-tvm", "ziglang")
+_STORED = {DType.F32: ("F32", 4), DType.F16: ("F16", 2), DType.BF16: ("BF16", 2), DType.I32: ("I32", 4)}
+_TOOLS = ("torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Limits of an artifact: tokens and sequences of one step, tokens of one sequence and of one block."""
+    """Limits of an artifact: tokens and sequences of one step, tokens of one sequence and of one block.
+
+    `batch_invariant`: a sequence's bits do not depend on its batch (always so on CPUs; slower on GPUs).
+    """
 
     dtype: str = "bf16"
     max_model_len: int | None = None
     max_tokens: int = 2048
     max_seqs: int = 64
     block_tokens: int = 32
+    batch_invariant: bool = False
 
-    def check(self) -> None:
-        """UnsupportedError on an unknown dtype or a limit that makes no sense."""
-        if self.dtype not in DTYPES:
-            raise UnsupportedError(f"dtype {self.dtype!r} is not supported; choose from: {', '.join(DTYPES)}")
+    def check(self, target: Target) -> None:
+        """UnsupportedError on a dtype that the target lacks or a limit that makes no sense."""
+        if self.dtype not in target.lowering.dtypes:
+            raise UnsupportedError(f"dtype {self.dtype!r} is not supported for {target.chip.name}; choose from: "
+                                   f"{', '.join(target.lowering.dtypes)}")
         if self.block_tokens < 16 or self.block_tokens % 16:
             raise UnsupportedError(f"block_tokens={self.block_tokens} must be a positive multiple of 16")
         for name in ("max_tokens", "max_seqs"):
@@ -77,16 +81,16 @@ class Compiled:
 
 def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dtype: str = "bf16",
                   max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64,
-                  block_tokens: int = 32, progress: Progress | None = None) -> Path:
+                  block_tokens: int = 32, batch_invariant: bool = False, progress: Progress | None = None) -> Path:
     """Compile a checkpoint directory (or a `TracedModel`) for a chip into the artifact directory `out`.
 
     An artifact that stands there is replaced, and nothing of it is left half written. Raises UnsupportedError
     for a model, chip or option that cannot be compiled.
     """
     say = progress or (lambda message: None)
-    options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens)
-    options.check()
-    target = find(chip)
+    options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant)
+    target = target_for(find(chip), batch_invariant)
+    options.check(target)
     say("tracing the model")
     model = model_or_path if isinstance(model_or_path, TracedModel) else load(model_or_path, max_model_len)
     compiled = compile_graph(model, target, options, say)
@@ -100,30 +104,35 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
     return final
 
 
-def compile_graph(model: TracedModel, chip: Chip, options: BuildOptions, say: Progress) -> Compiled:
+def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say: Progress) -> Compiled:
     """Run the passes, plan memory and generate the kernels: all that does not touch weights."""
     report, dump = Report(), Dump()
     blocks = -(-model.max_model_len // options.block_tokens)
     say("running passes")
-    graph = lower(model.graph, Options(DTYPES[options.dtype], PACKING, options.block_tokens, options.max_tokens,
-                                       options.max_seqs, blocks), report, dump)
-    plan = plan_memory(graph)
+    wanted = target.lowering
+    packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
+    graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, options.block_tokens,
+                                       options.max_tokens, options.max_seqs, blocks), report, dump)
+    plan = plan_memory(graph, Rows(wanted.row_align, wanted.avoid))
     selection = select_kernels(plan)
-    say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({chip.name})")
-    return Compiled(graph, plan, selection, compile_kernels(selection.sources, chip), report, dump)
+    say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({target.chip.name})")
+    place = plan.places[graph.outputs[0]]
+    logits = Logits(options.max_seqs, model.vocab_size, place.ld)
+    return Compiled(graph, plan, selection, target.compile_kernels(selection.sources, logits, say), report, dump)
 
 
-def _write(folder: Path, model: TracedModel, chip: Chip, options: BuildOptions, compiled: Compiled) -> m.Manifest:
+def _write(folder: Path, model: TracedModel, target: Target, options: BuildOptions, compiled: Compiled) -> m.Manifest:
     for name in ("kernels", "weights", "tokenizer", "ir"):
         (folder / name).mkdir()
-    (folder / m.KERNELS_FILE).write_bytes(compiled.module.data)
+    for name, data in sorted(compiled.module.files.items()):
+        (folder / name).write_bytes(data)
     for name, path in sorted(model.tokenizer_files.items()):
         shutil.copyfile(path, folder / "tokenizer" / name)
     for number, (name, graph) in enumerate(compiled.dump.graphs):
         (folder / "ir" / f"{number:02d}-{name}.txt").write_text(print_graph(graph))
     (folder / "ir" / "report.json").write_text(json.dumps(compiled.report.to_json(), indent=1) + "\n")
     offset = _write_weights(folder / WEIGHTS_FILE, model, compiled)
-    return _manifest(model, chip, options, compiled, offset)
+    return _manifest(model, target, options, compiled, offset)
 
 
 def _write_weights(path: Path, model: TracedModel, compiled: Compiled) -> int:
@@ -154,37 +163,49 @@ def _weight_name(graph: Graph, value: Value, sources: dict[Value, str]) -> str:
     return "+".join(names)[:200]
 
 
-def _manifest(model: TracedModel, chip: Chip, options: BuildOptions, compiled: Compiled, data_offset: int) -> m.Manifest:
-    plan = compiled.plan
+def _manifest(model: TracedModel, target: Target, options: BuildOptions, compiled: Compiled,
+              data_offset: int) -> m.Manifest:
+    plan, module, chip = compiled.plan, compiled.module, target.chip
+    scratch = align(plan.workspace, m.ALIGN)
     blocks = -(-model.max_model_len // options.block_tokens)
     dims = m.Dims(options.max_tokens, options.max_seqs, options.max_seqs, blocks)
     logits = plan.places[compiled.graph.outputs[0]]
-    kernels = tuple(m.Kernel(k.symbol, k.kind, loc, m.Grid(k.grid.dim, k.grid.tile, k.grid.mult))
-                    for k, loc in zip(compiled.module.kernels, compiled.selection.locations, strict=True))
-    calls = []
-    for call in compiled.selection.calls:
-        args = compiled.module.kernels[call.kernel].args
-        calls.append(m.Call(call.kernel, tuple(_arg(a, call.places) for a in args)))
+    tiles = m.Tiles(*module.tiles)
+    kernels = tuple(m.Kernel(k.symbol, k.kind, compiled.selection.locations[k.source] if k.source >= 0 else (),
+                             m.Grid(k.grid.dim, k.grid.tile, k.grid.mult),
+                             m.Launch(*astuple(k.launch)) if k.launch is not None else None, dict(k.resources))
+                    for k in module.kernels)
+    by_source = [[i for i, k in enumerate(module.kernels) if k.source == s] for s in range(len(compiled.selection.sources))]
+    calls = [m.Call(i, tuple(_arg(a, call.places, scratch, logits) for a in module.kernels[i].args))
+             for call in compiled.selection.calls for i in by_source[call.kernel]]
+    calls += [m.Call(i, tuple(_arg(a, (), scratch, logits) for a in k.args)) for i, k in enumerate(module.kernels)
+              if k.source < 0]
+    top = m.Top(module.top.count, scratch + module.top.keys, scratch + module.top.stats) if module.top else None
     layers = tuple(m.StateLayer(plan.places[v].offset, v.type.heads, v.type.k_dim, v.type.v_dim)
                    for v in plan.states if isinstance(v.type, StateType))
     state = m.State(options.block_tokens, plan.bytes_per_block,
                     (m.StateGroup("kv", "paged_kv", layers, str(DTYPES[options.dtype])),))
     return m.Manifest(
         schema=m.SCHEMA, abi=m.ABI,
-        versions={"inferloom": version("inferloom"), **{t: version(t) for t in _TOOLS}, "numpy": np.__version__,
+        versions={"inferloom": version("inferloom"), **{t: version(t) for t in (*_TOOLS, *target.tools)}, "numpy": np.__version__,
                   "python": platform.python_version()},
         model=m.ModelInfo(model.name, model.architecture, model.vocab_size, model.max_model_len, model.eos_token_ids,
-                          model.bos_token_id, "bf16" if options.dtype == "bf16" else "fp32"),
-        chip=m.Chip(chip.name, chip.triple, chip.requires), dims=dims, state=state,
-        memory=m.Memory(plan.weight_bytes, plan.workspace, m.inputs_layout(dims)[1], plan.bytes_per_block),
-        output=m.Output("logits", logits.offset, logits.ld, model.vocab_size), kernels=kernels, plan=tuple(calls),
+                          model.bos_token_id, options.dtype),  # type: ignore[arg-type]
+        chip=m.Chip(chip.name, chip.triple, chip.requires, chip.driver, chip.arch),  # type: ignore[arg-type]
+        dims=dims, tiles=tiles, state=state,
+        memory=m.Memory(plan.weight_bytes, scratch + module.scratch, m.inputs_layout(dims, tiles)[1],
+                        plan.bytes_per_block),
+        output=m.Output("logits", logits.offset, logits.ld, model.vocab_size, top), kernels=kernels, plan=tuple(calls),
         weights=m.WeightsInfo(WEIGHTS_FILE, data_offset, plan.weight_bytes),
-        numerics={"accumulate": "f32", "reduction_order": "sequential over k, independent of the batch",
-                  "matmul_inputs": str(DTYPES[options.dtype]), "bf16_dot": chip.bf16_dot},
+        numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype])},
         files={})
 
 
-def _arg(arg: int | str, places: tuple[Placement, ...]) -> m.Arg:
+def _arg(arg: int | str | Scratch, places: tuple[Placement, ...], scratch: int, logits: Placement) -> m.Arg:
+    if isinstance(arg, Scratch):
+        return m.Arg("workspace", offset=scratch + arg.offset)
+    if arg == OUTPUT:
+        return m.Arg("workspace", offset=logits.offset)
     if isinstance(arg, str):
         return m.Arg("input", name=arg)  # type: ignore[arg-type]
     place = places[arg]

@@ -37,6 +37,7 @@ class Options:
 
     dtype: DType
     packing: pack_weights.Packing
+    gate_columns: int
     block_tokens: int
     max_tokens: int
     max_seqs: int
@@ -73,7 +74,8 @@ def steps(options: Options) -> tuple[Step, ...]:
         Step("recognize-norm", recognize_norm.run, "model", "before merging, which looks at who reads a norm"),
         Step("recognize-rotary", recognize_rotary.run, "model", "needs shared cos and sin"),
         Step("recognize-activation", recognize_activation.run, "model", "merge-linear looks for gated activations"),
-        Step("merge-linear", merge_linear.run, "model", "needs one shared input value, so it follows cse"),
+        Step("merge-linear", partial(merge_linear.run, gate_columns=options.gate_columns), "model",
+             "needs one shared input value, so it follows cse"),
         Step("canonicalize-2", canonicalize.run, "model", "merging leaves slices and reshapes behind"),
         Step("cse-2", cse.run, "model", "recognised ops may have become equal"),
         Step("dce", dce.run, "model", "what was matched is dead now"),

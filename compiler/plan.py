@@ -15,7 +15,6 @@ from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.types import StateType, TensorType, bound
 
 ALIGN = 64
-PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,19 @@ def row_elements(type: TensorType) -> int:
     return prod(int(str(d)) for d in type.shape[1:])
 
 
-def leading(type: TensorType) -> int:
-    """Distance between rows, in elements: whole cache lines, and never a multiple of the page size.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How rows of activations lie: starts `align` bytes apart at least, never a multiple of `avoid` (0: any)."""
 
-    Rows a multiple of 4 KiB apart would all fall into the same sets of the L1 cache.
-    """
-    size = align(row_elements(type) * type.dtype.itemsize)
-    if size % PAGE == 0:
-        size += ALIGN
-    return size // type.dtype.itemsize
+    align: int
+    avoid: int
+
+    def leading(self, type: TensorType) -> int:
+        """Distance between rows, in elements."""
+        size = align(row_elements(type) * type.dtype.itemsize, self.align)
+        if self.avoid and size % self.avoid == 0:
+            size += self.align
+        return size // type.dtype.itemsize
 
 
 def tensor_bytes(type: TensorType) -> int:
@@ -70,7 +73,7 @@ def tensor_bytes(type: TensorType) -> int:
     return align(type.max_size * type.dtype.itemsize)
 
 
-def plan_memory(graph: Graph) -> Plan:
+def plan_memory(graph: Graph, rows: Rows) -> Plan:
     """Place every value of a kernel-level graph."""
     kernels = tuple(n for n in graph.nodes if n.op == "kernel")
     known = graph.constants()
@@ -80,7 +83,7 @@ def plan_memory(graph: Graph) -> Plan:
     for value in graph.inputs:
         if isinstance(value.type, TensorType):
             places[value] = Placement("input", name=value.name)
-    workspace = _place_activations(graph, kernels, places)
+    workspace = _place_activations(graph, kernels, places, rows)
     states = tuple(v for v in graph.inputs if isinstance(v.type, StateType))
     return Plan(places, workspace, weights, weight_bytes, block, states, kernels)
 
@@ -114,7 +117,8 @@ def _place_states(graph: Graph, kernels: Iterable[Node], places: dict[Value, Pla
     return offset
 
 
-def _place_activations(graph: Graph, kernels: tuple[Node, ...], places: dict[Value, Placement]) -> int:
+def _place_activations(graph: Graph, kernels: tuple[Node, ...], places: dict[Value, Placement],
+                       rows: Rows) -> int:
     """First fit over lifetimes: a value's bytes are free again after its last reader."""
     last: dict[Value, int] = {v: len(kernels) for v in graph.outputs}
     for index, node in enumerate(kernels):
@@ -130,8 +134,8 @@ def _place_activations(graph: Graph, kernels: tuple[Node, ...], places: dict[Val
                 continue
             if value.type.is_static:
                 raise UnsupportedError(f"kernel at {node.loc} computes a value without rows: {value!r}")
-            ld = leading(value.type)
-            size = align(bound(value.type.shape[0]) * ld * value.type.dtype.itemsize)
+            ld = rows.leading(value.type)
+            size = align(bound(value.type.shape[0]) * ld * value.type.dtype.itemsize, rows.align)
             offset = 0
             for begin, end, _ in sorted(alive):
                 if begin - offset >= size:

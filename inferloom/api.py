@@ -13,18 +13,19 @@ from inferloom.errors import UsageError
 
 def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str | os.PathLike[str] | None = None, *,
             max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
-            max_seqs: int = 64, block_tokens: int = 32, force: bool = False,
+            max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, force: bool = False,
             progress: Progress | None = None) -> Path:
     """Compile a checkpoint folder or a module into an artifact; returns the artifact's folder.
 
     `model_or_path` is a checkpoint, a `TracedModel` of one of the front ends, or an `nn.Module` that maps
     (tokens, positions), both i64[tokens], to logits [tokens, vocab_size]; a module needs `vocab_size`,
-    `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32` or
-    `bf16`. Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
+    `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32`,
+    `bf16` or, for a GPU, `fp16`. With `batch_invariant` a GPU gives a sequence the same bits in any batch, as CPUs
+    always do. Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
     is replaced only if `force`, and only once the new one is complete. `progress` is called with a line of text for
     each stage. Raises `UsageError`, `MissingExtraError`, or `UnsupportedError` for what cannot be compiled.
     """
-    options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens)
+    options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant)
     from_path = isinstance(model_or_path, str | os.PathLike)
     if from_path:
         model_or_path = Path(model_or_path).expanduser()

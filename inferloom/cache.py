@@ -23,7 +23,8 @@ from inferloom.errors import MissingExtraError, UsageError
 
 Progress = Callable[[str], None]
 
-COMPILE_PACKAGES = ("torch", "transformers", "safetensors", "ml_dtypes", "apache-tvm", "apache-tvm-ffi", "ziglang")
+COMPILE_PACKAGES = ("torch", "transformers", "safetensors", "ml_dtypes", "triton", "apache-tvm", "apache-tvm-ffi",
+                    "ziglang")
 _IMPORT_NAMES = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi"}
 _SKIPPED = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".py", ".md")
 
@@ -38,6 +39,7 @@ class CompileOptions:
     max_tokens: int = 2048
     max_seqs: int = 64
     block_tokens: int = 32
+    batch_invariant: bool = False
 
 
 def is_artifact(path: Path) -> bool:

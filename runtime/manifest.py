@@ -9,26 +9,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.records import read, write
 
-SCHEMA = 1
-ABI = 1
+SCHEMA = 2
+ABI = 2
 ALIGN = 64
 """Alignment in bytes of every buffer, tensor and data section."""
-MAX_ARGS = 16
-"""Pointers that a kernel takes."""
-Q_TILE = 16
-"""Tokens of one attention tile."""
+MAX_ARGS = 24
+"""Pointers that a kernel takes (16 on a CPU)."""
+DIMS = ("tokens", "seqs", "rows", "q_tiles", "d_tiles")
+"""The counts of one step, by their number in `Grid.dim`."""
+KEY_TILE = 16
+"""Tokens that lie together in a block of state."""
 SEAL, MANIFEST = "SEAL", "manifest.json"
 KERNELS_FILE = "kernels/kernels.so"
 
 Space = Literal["workspace", "weights", "state", "input"]
 InputName = Literal[
-    "tokens", "positions", "slots", "seq_starts", "kv_lens", "block_tables", "logit_rows", "q_tiles"
+    "dims", "tokens", "positions", "slots", "seq_starts", "kv_lens", "logit_rows", "sharpness", "q_tiles", "d_tiles",
+    "block_tables"
 ]
+Driver = Literal["none", "cuda", "hip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +44,22 @@ class ModelInfo:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What the kernels were compiled for; `features` are CPU flags as /proc/cpuinfo names them."""
+    """What the kernels were compiled for.
+
+    `triple` and `features` (CPU flags as /proc/cpuinfo names them) are those of the process that loads
+    kernels.so. A GPU is reached through `driver`; its code is for `arch`, such as "sm_90" or "gfx942".
+    """
 
     name: str
     triple: str
     features: tuple[str, ...]
+    driver: Driver
+    arch: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,15 @@ class Dims:
     seqs: int
     rows: int
     blocks_per_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How attention work is cut: sequences with at most `decode` new tokens are one entry of `d_tiles` each,
+    the others have their tokens in `q_tiles` of `prefill`."""
+
+    prefill: int
+    decode: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +115,20 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Top:
+    """Where a device leaves each row's `count` largest logits, as byte offsets in the workspace.
+
+    `keys`: i64 [rows, count], largest first. A key's upper half is the logit's bits, those of a negative one but
+    the sign flipped, so that keys sort as logits; the lower half is 2**31 - 1 less the token's id. `stats`: f32
+    [rows, 2], the row's largest logit times its `sharpness`, and the sum of exp(logit * sharpness - that).
+    """
+
+    count: int
+    keys: int
+    stats: int
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """Where the f32 logits [rows, vocab] lie: byte offset in the workspace, row stride `ld` in elements."""
 
@@ -102,11 +136,12 @@ class Output:
     offset: int
     ld: int
     vocab: int
+    top: Top | None
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """chunks = ceil(dims[dim] / tile) * mult; dim -1 means `mult` chunks."""
+    """chunks = ceil(dims[dim] / tile) * mult, dims as in `DIMS`; dim -1 means `mult` chunks."""
 
     dim: int
     tile: int
@@ -114,11 +149,29 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """How a GPU kernel starts: its code, threads of a block, bytes of dynamic shared memory.
+
+    It is skipped unless least <= dims[grid.dim] <= most.
+    """
+
+    file: str
+    threads: int
+    shared: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
+    """`launch` is None on a CPU. `resources` is a record for people: registers, spills and the like."""
+
     symbol: str
     kind: str
     source: tuple[str, ...]
     grid: Grid
+    launch: Launch | None
+    resources: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +214,7 @@ class Manifest:
     model: ModelInfo
     chip: Chip
     dims: Dims
+    tiles: Tiles
     state: State
     memory: Memory
     output: Output
@@ -208,25 +262,22 @@ def loads(data: bytes) -> Manifest:
     return manifest
 
 
-def inputs_layout(dims: Dims) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+def inputs_layout(dims: Dims, tiles: Tiles) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
     """Where each int32 step input lies: {name: (byte offset, shape at its largest)} and the bytes of all.
 
-    q_tiles holds one (sequence, first token, count <= 16) per attention tile; each sequence adds at most one
-    tile that is not full.
+    `sharpness` is float32: 1 / temperature of each row of logits. `dims` holds the counts of `DIMS`. q_tiles and d_tiles hold one (sequence, first token, count) per attention
+    tile; each sequence adds at most one tile that is not full. block_tables comes last, for it may be long.
     """
     tokens, seqs, rows = dims.tokens, dims.seqs, dims.rows
     shapes: dict[str, tuple[int, ...]] = {
-        "tokens": (tokens,), "positions": (tokens,), "slots": (tokens,), "seq_starts": (seqs + 1,),
-        "kv_lens": (seqs,), "block_tables": (seqs, dims.blocks_per_seq), "logit_rows": (rows,),
-        "q_tiles": (tokens // Q_TILE + seqs, 3),
+        "dims": (8,), "tokens": (tokens,), "positions": (tokens,), "slots": (tokens,), "seq_starts": (seqs + 1,),
+        "kv_lens": (seqs,), "logit_rows": (rows,), "sharpness": (rows,), "q_tiles": (tokens // tiles.prefill + seqs, 3),
+        "d_tiles": (seqs, 3), "block_tables": (seqs, dims.blocks_per_seq),
     }
     layout, offset = {}, 0
     for name, shape in shapes.items():
-        count = 1
-        for extent in shape:
-            count *= extent
         layout[name] = (offset, shape)
-        offset += -(-count * 4 // ALIGN) * ALIGN
+        offset += -(-prod(shape) * 4 // ALIGN) * ALIGN
     return layout, offset
 
 
@@ -239,8 +290,11 @@ def _problems(m: Manifest) -> Iterator[str]:
         yield "dims.seqs * dims.blocks_per_seq must be below 2**31"
     if m.model.vocab_size < 1 or m.model.max_model_len < 1:
         yield "model.vocab_size and model.max_model_len must be positive"
-    if m.state.block_tokens < Q_TILE or m.state.block_tokens % Q_TILE:
-        yield f"state.block_tokens must be a positive multiple of {Q_TILE}, got {m.state.block_tokens}"
+    if m.tiles.prefill < 1 or m.tiles.decode < 0:
+        yield f"tiles must have prefill >= 1 and decode >= 0, got {m.tiles}"
+        return
+    if m.state.block_tokens < KEY_TILE or m.state.block_tokens % KEY_TILE:
+        yield f"state.block_tokens must be a positive multiple of {KEY_TILE}, got {m.state.block_tokens}"
     if m.state.bytes_per_block < 1 or m.state.bytes_per_block != m.memory.bytes_per_block:
         yield "state.bytes_per_block must be positive and equal memory.bytes_per_block"
     for name in ("weights", "workspace", "inputs"):
@@ -250,7 +304,7 @@ def _problems(m: Manifest) -> Iterator[str]:
         yield f"weights.data_offset must be a positive multiple of {ALIGN}, got {m.weights.data_offset}"
     if m.weights.bytes < 0:
         yield "weights.bytes must not be negative"
-    needed = inputs_layout(m.dims)[1]
+    needed = inputs_layout(m.dims, m.tiles)[1]
     if m.memory.inputs < needed:
         yield f"memory.inputs is {m.memory.inputs}, but the step inputs of these dims take {needed} bytes"
     out = m.output
@@ -258,11 +312,21 @@ def _problems(m: Manifest) -> Iterator[str]:
         yield "output must have 1 <= vocab <= ld and an offset that is a multiple of 4"
     if out.offset + m.dims.rows * out.ld * 4 > m.memory.workspace:
         yield f"output: {m.dims.rows} rows of {out.ld} floats at {out.offset} leave memory.workspace"
+    if out.top is not None:
+        sizes = ((out.top.keys, out.top.count * 8), (out.top.stats, 8))
+        if out.top.count < 1 or any(at < 0 or at % 8 or at + m.dims.rows * size > m.memory.workspace for at, size in sizes):
+            yield f"output.top leaves memory.workspace: {out.top}"
     for i, kernel in enumerate(m.kernels):
-        if not -1 <= kernel.grid.dim <= 3 or kernel.grid.tile < 1 or kernel.grid.mult < 0:
-            yield f"kernels[{i}].grid must have dim in -1..3, tile >= 1 and mult >= 0, got {kernel.grid}"
+        if not -1 <= kernel.grid.dim < len(DIMS) or kernel.grid.tile < 1 or kernel.grid.mult < 0:
+            yield f"kernels[{i}].grid must have dim in -1..{len(DIMS) - 1}, tile >= 1 and mult >= 0, got {kernel.grid}"
         if max(kernel.grid.tile, kernel.grid.mult) >= 2**31:
             yield f"kernels[{i}].grid does not fit 32 bits"
+        launch = kernel.launch
+        if (launch is None) != (m.chip.driver == "none"):
+            yield f"kernels[{i}].launch belongs to kernels of a GPU, and to all of them"
+        elif launch is not None and not (1 <= launch.threads <= 1024 and 0 <= launch.shared < 2**20
+                                         and 0 <= launch.least <= launch.most < 2**31):
+            yield f"kernels[{i}].launch has numbers out of range: {launch}"
     sizes = {"workspace": m.memory.workspace, "weights": m.weights.bytes, "state": m.state.bytes_per_block,
              "input": m.memory.inputs}
     for i, call in enumerate(m.plan):

@@ -7,29 +7,43 @@ on what else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.top import TopRow
 
 
-def sample(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int],
+def sample(logits: np.ndarray | TopRow, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int],
            seed: int, index: int, banned: Sequence[int] = ()) -> tuple[int, dict[int, Logprob] | None]:
     """Pick a token from `logits` f32 [vocab]; also its log-probabilities if they were asked for.
+
+    Of a `TopRow` only the largest logits are looked at where they decide; else the whole row is fetched.
 
     `seed` and `index` (of the sample) key the generator together with the position. `banned` tokens cannot be
     drawn (those that would end the sequence before min_tokens). Log-probabilities are those of the logits after
     penalties and bias, before temperature.
     """
+    key = (seed, index, len(generated))
+    rng = None if params.greedy else np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    if isinstance(logits, TopRow):
+        if params.logprobs is None and not _adjusts(params, generated, banned):
+            found = _from_top(logits, params, rng)
+            if found is not None:
+                return found, None
+        logits = logits.row()
     row = _adjusted(logits, params, prompt, generated, banned)
-    if params.greedy:
-        token = int(np.argmax(row))
-    else:
-        key = (seed, index, len(generated))
-        token = _draw(row, params, np.random.Generator(np.random.Philox(np.random.SeedSequence(key))))
+    token = int(np.argmax(row)) if rng is None else _draw(row, params, rng)
     return token, None if params.logprobs is None else _logprobs(row, token, params.logprobs)
+
+
+def _adjusts(params: SamplingParams, generated: Sequence[int], banned: Sequence[int]) -> bool:
+    """Whether `_adjusted` may change the row."""
+    return bool(params.repetition_penalty != 1 or params.logit_bias or banned
+                or (generated and (params.presence_penalty or params.frequency_penalty)))
 
 
 def _adjusted(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int],
@@ -60,13 +74,44 @@ def _draw(row: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> 
         raise RequestError("no token is left to draw: bias or bans leave none")
     with np.errstate(over="ignore"):
         scaled = (wide - top) / params.temperature  # from the top, so that a tiny temperature cannot overflow
-    ids = None
+    ids: np.ndarray = np.arange(len(scaled))
     if 0 < params.top_k < len(scaled):
         # Ties at the edge go to the lower token id, so that the choice does not depend on how they are sorted.
         edge = np.partition(scaled, -params.top_k)[-params.top_k]
         above, equal = np.flatnonzero(scaled > edge), np.flatnonzero(scaled == edge)
         ids = np.concatenate([above, equal[:params.top_k - len(above)]])
         scaled = scaled[ids]
+    return _pick(scaled, ids, params, rng)
+
+
+def _from_top(row: TopRow, params: SamplingParams, rng: np.random.Generator | None) -> int | None:
+    """What `_draw` would draw, if the largest logits decide it."""
+    if not len(row.ids) or not np.isfinite(row.values[0]):
+        return None
+    if rng is None:
+        return int(row.ids[0])
+    scaled = (row.values.astype(np.float64) - np.float64(row.values[0])) / params.temperature
+    ids = row.ids
+    if 0 < params.top_k <= len(ids):
+        ids, scaled = ids[:params.top_k], scaled[:params.top_k]
+        order = np.lexsort((ids, scaled == scaled[-1]))  # as `_draw` has them: those above the edge, then those at it
+        return _pick(scaled[order], ids[order], params, rng)
+    if params.top_k > 0:
+        return None
+    probs = np.exp(scaled - (row.log_total - np.float64(row.values[0]) / params.temperature))
+    if params.min_p > 0 and probs[-1] < params.min_p * probs[0]:
+        kept = probs >= params.min_p * probs[0]
+    elif params.min_p == 0 and params.top_p < 1 and probs[:-1].sum() >= params.top_p:
+        kept = np.cumsum(probs) - probs < params.top_p
+        params = replace(params, top_p=1.0)
+    else:
+        return None
+    order = np.argsort(ids[kept])
+    return _pick(scaled[kept][order], ids[kept][order], params, rng)
+
+
+def _pick(scaled: np.ndarray, ids: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
+    """One of `ids` with logits `scaled`, after min-p and top-p."""
     weights = np.exp(scaled)
     probs = weights / weights.sum()
     if params.min_p > 0:
@@ -76,8 +121,7 @@ def _draw(row: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> 
         before = np.cumsum(probs[order]) - probs[order]
         probs[order[before >= params.top_p * probs.sum()]] = 0.0
     choice = int(np.searchsorted(np.cumsum(probs), rng.random() * probs.sum(), side="right"))
-    choice = min(choice, int(np.flatnonzero(probs)[-1]))
-    return choice if ids is None else int(ids[choice])
+    return int(ids[min(choice, int(np.flatnonzero(probs)[-1]))])
 
 
 def _logprobs(row: np.ndarray, token: int, count: int) -> dict[int, Logprob]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from blake3 import blake3
@@ -12,9 +14,10 @@ from blake3 import blake3
 from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.manifest import FileInfo
 from inferloom.runtime.memory import Arena
-from inferloom.runtime.safetensors import TensorInfo, parse_header
+from inferloom.runtime.safetensors import Header, TensorInfo, parse_header
 
-_CHUNK = 32 << 20
+CHUNK = 32 << 20
+"""Bytes that are read at once."""
 
 
 class Weights:
@@ -32,11 +35,50 @@ class Weights:
 def load_weights(path: Path, info: FileInfo, data_offset: int) -> Weights:
     """Read the file into memory once and verify the copy. ArtifactError when bytes or header are not as recorded."""
     arena = load_verified(path, info)
-    header = parse_header(memoryview(arena.bytes), info.bytes, str(path))
+    return Weights(arena, data_offset, _header(memoryview(arena.bytes), path, info, data_offset).tensors)
+
+
+def stream_weights(path: Path, info: FileInfo, data_offset: int, buffers: Sequence[memoryview],
+                   send: Callable[[memoryview, int], None], wait: Callable[[], None]) -> dict[str, TensorInfo]:
+    """Send the data section elsewhere in pieces, each hashed in the buffer it is sent from; its table of tensors.
+
+    `buffers`: two of equal size. `send(piece, to)` begins to copy a piece of a buffer to byte `to` of the section;
+    `wait()` returns when all that was sent has arrived. What arrived may be used only once this has returned:
+    ArtifactError when bytes or header are not as recorded.
+    """
+    hasher, head = blake3(max_threads=blake3.AUTO), bytearray()
+    with ThreadPoolExecutor(1, "inferloom-verify") as pool:
+        hashed: Future[object] | None = None
+        try:
+            for at, piece in _pieces(path, info.bytes, buffers):
+                # The buffer before this one is the next to be read into: it must have been hashed and sent.
+                if hashed is not None:
+                    hashed.result()
+                wait()
+                hashed = pool.submit(hasher.update, piece)
+                skip = min(max(data_offset - at, 0), len(piece))
+                head += piece[:skip]
+                if skip < len(piece):
+                    send(piece[skip:], at + skip - data_offset)
+        finally:
+            if hashed is not None:
+                hashed.result()
+            wait()
+    _check_hash(hasher, path, info)
+    return _header(memoryview(head), path, info, data_offset).tensors
+
+
+def _header(data: memoryview, path: Path, info: FileInfo, data_offset: int) -> Header:
+    header = parse_header(data, info.bytes, str(path))
     if header.data_offset != data_offset:
         raise ArtifactError(f"{path}: the data section starts at {header.data_offset}, "
                             f"but manifest.weights.data_offset says {data_offset}: compile the model again")
-    return Weights(arena, data_offset, header.tensors)
+    return header
+
+
+def _check_hash(hasher: blake3, path: Path, info: FileInfo) -> None:
+    if hasher.hexdigest() != info.blake3:
+        raise ArtifactError(f"{path} is damaged: its BLAKE3 is not the recorded one; copy or compile it again")
 
 
 def load_verified(path: Path, info: FileInfo) -> Arena:
@@ -53,25 +95,30 @@ def load_verified(path: Path, info: FileInfo) -> Arena:
     thread = threading.Thread(target=hash_what_is_read, name="inferloom-verify", daemon=True)
     thread.start()
     try:
-        _read(path, whole, ready)
+        for at, piece in _pieces(path, len(whole), [whole[i : i + CHUNK] for i in range(0, len(whole), CHUNK)]):
+            ready.put((at, at + len(piece)))
     finally:
         ready.put(None)
         thread.join()
-    if hasher.hexdigest() != info.blake3:
-        raise ArtifactError(f"{path} is damaged: its BLAKE3 is not the recorded one; copy or compile it again")
+    _check_hash(hasher, path, info)
     return arena
 
 
-def _read(path: Path, whole: memoryview, ready: queue.SimpleQueue[tuple[int, int] | None]) -> None:
+def _pieces(path: Path, size: int, buffers: Sequence[memoryview]) -> Iterator[tuple[int, memoryview]]:
+    """Read a file into the buffers in turn, each filled before it is given out; where each piece begins."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise ArtifactError(f"cannot open {path}: {error.strerror}") from None
     with os.fdopen(fd, "rb", buffering=0) as file:
-        at = 0
-        while at < len(whole):
-            count = file.readinto(whole[at : at + _CHUNK])
-            if not count:
-                raise ArtifactError(f"{path} ends after {at} of {len(whole)} bytes; copy or compile it again")
-            ready.put((at, at + count))
-            at += count
+        at = number = 0
+        while at < size:
+            buffer = buffers[number % len(buffers)][: size - at]
+            got = 0
+            while got < len(buffer):
+                count = file.readinto(buffer[got:])
+                if not count:
+                    raise ArtifactError(f"{path} ends after {at + got} of {size} bytes; copy or compile it again")
+                got += count
+            yield at, buffer
+            at, number = at + got, number + 1

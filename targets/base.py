@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from inferloom.ir.graph import Node
+from inferloom.ir.types import DType
+from inferloom.targets.chips import Chip
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """What a target asks of the passes that come before kernel generation.
+
+    Matmul weights are laid out in tiles of `weight_tile` columns with `weight_pair` k-steps together, k padded to
+    `weight_k_multiple` (tile 1 and pair 1: rows of k). Columns of a gate and its up projection alternate in
+    groups of `gate_columns`. Rows of activations start at multiples of `row_align` bytes, and not a multiple of
+    `avoid` bytes apart (0: any).
+    """
+
+    dtypes: tuple[str, ...]
+    weight_tile: int
+    weight_pair: Mapping[DType, int]
+    weight_k_multiple: int
+    gate_columns: int
+    row_align: int
+    avoid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +57,7 @@ class KernelSource:
 class Grid:
     """Chunks of work in one call: `ceil(dims[dim] / tile) * mult`; dim -1 means just `mult`.
 
-    dims are tokens (0), seqs (1), rows (2) and q_tiles (3).
+    dims are tokens (0), seqs (1), rows (2), q_tiles (3) and d_tiles (4).
     """
 
     dim: int
@@ -41,19 +66,94 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
+class Scratch:
+    """A kernel's argument that is `offset` bytes into the module's scratch memory."""
+
+    offset: int
+
+
+#: A kernel's argument that is the step's logits.
+OUTPUT = "logits"
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a step returns: f32 [rows, vocab], rows `ld` elements apart."""
+
+    rows: int
+    vocab: int
+    ld: int
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """Where in scratch memory the `count` largest logits of each row are; see the class of this name in the manifest."""
+
+    count: int
+    keys: int
+    stats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a GPU kernel starts; see the class of this name in the manifest."""
+
+    file: str
+    threads: int
+    shared: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class KernelInfo:
-    """A compiled kernel. `args` are indices into operands-then-results, or names of step inputs."""
+    """A compiled kernel that does (part of) the work of `source`, an index into the sources (-1: after all of them).
+
+    `args` are indices into operands-then-results, names of step inputs, `OUTPUT`, or scratch.
+    """
 
     symbol: str
     kind: str
+    source: int
     grid: Grid
-    args: tuple[int | str, ...]
+    args: tuple[int | str | Scratch, ...]
+    launch: Launch | None = None
+    resources: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledModule:
-    """All kernels of an artifact in one loadable file."""
+    """All kernels of an artifact: `files` by path in the artifact, and what a step calls, in order for each source.
 
-    filename: str
-    data: bytes
+    `scratch`: bytes of memory that kernels share for partial results. `tiles`: tokens of an attention tile for
+    prefill, and the most new tokens that a sequence of `d_tiles` has.
+    """
+
+    files: Mapping[str, bytes]
     kernels: tuple[KernelInfo, ...]
+    tiles: tuple[int, int]
+    scratch: int = 0
+    top: Top | None = None
+
+
+class Target(Protocol):
+    """A code generator for one chip."""
+
+    @property
+    def chip(self) -> Chip: ...
+
+    @property
+    def lowering(self) -> Lowering: ...
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """Distributions whose versions decide the artifact's bytes."""
+        ...
+
+    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
+        """Generate and compile all kernels. UnsupportedError for what the target cannot lower."""
+        ...
+
+    def numerics(self) -> dict[str, Any]:
+        """How sums are ordered and accumulated, for the manifest."""
+        ...

@@ -16,8 +16,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
-class Chip:
-    """One entry of chips.toml; see the comments there. All CPUs share this description."""
+class CpuChip:
+    """One CPU of chips.toml; see the comments there."""
 
     name: str
     description: str
@@ -31,9 +31,11 @@ class Chip:
     bf16_dot: bool
     mattr: tuple[str, ...] = ()
     mabi: str = ""
+    driver: str = "none"
+    arch: str = ""
 
     @property
-    def arch(self) -> str:
+    def machine(self) -> str:
         """Machine name as `platform.machine()` says it."""
         return self.triple.split("-")[0]
 
@@ -48,18 +50,53 @@ class Chip:
         return target
 
 
+@dataclass(frozen=True, slots=True)
+class GpuChip:
+    """One GPU of chips.toml.
+
+    `arch`: sm_NN or gfxNNN. `warp`: threads that run in step. `shared`: bytes of shared memory that one block may
+    take. `registers`: 32-bit registers a thread may use. `units`: streaming multiprocessors or compute units.
+    `matrix`: its matrix instruction. `bandwidth`: bytes per second. `peak`: operations per second with f16 and bf16
+    inputs, dense.
+    """
+
+    name: str
+    description: str
+    driver: str
+    arch: str
+    warp: int
+    shared: int
+    registers: int
+    units: int
+    matrix: str
+    tma: bool
+    memory: int
+    bandwidth: float
+    peak: float
+    triple: str = "x86_64-linux-gnu.2.28"
+    requires: tuple[str, ...] = ()
+
+    @property
+    def capability(self) -> int:
+        """NVIDIA's compute capability times ten; 0 for others."""
+        return int(self.arch.removeprefix("sm_")) if self.driver == "cuda" else 0
+
+
+Chip = CpuChip | GpuChip
+
+
 @cache
 def chips() -> dict[str, Chip]:
     """Every known chip by name, from the most general of a family to the most capable."""
     data = tomllib.loads(TABLE.read_text())
-    known = {f.name for f in fields(Chip)}
-    table = {}
+    table: dict[str, Chip] = {}
     for name, entry in data.items():
-        unknown = set(entry) - known
+        kind = GpuChip if "driver" in entry else CpuChip
+        unknown = set(entry) - {f.name for f in fields(kind)}
         if unknown:
             raise UnsupportedError(f"chips.toml: chip {name} has unknown keys {sorted(unknown)}")
         entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-        table[name] = Chip(name=name, **entry)
+        table[name] = kind(name=name, **entry)
     return table
 
 
@@ -80,10 +117,11 @@ def parse_cpuinfo(text: str) -> frozenset[str]:
     return frozenset()
 
 
-def host() -> Chip:
-    """The most capable known chip that this machine satisfies."""
+def host() -> CpuChip:
+    """The most capable known CPU that this machine satisfies."""
     machine, features = platform.machine(), host_features()
-    fitting = [c for c in chips().values() if c.arch == machine and features.issuperset(c.requires)]
+    cpus = [c for c in chips().values() if isinstance(c, CpuChip)]
+    fitting = [c for c in cpus if c.machine == machine and features.issuperset(c.requires)]
     if not fitting:
         raise UnsupportedError(f"no known chip describes this {machine} machine; `inferloom chips` lists them")
     return fitting[-1]

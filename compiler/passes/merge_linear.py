@@ -21,7 +21,7 @@
       return %2, %3
     }
 
-The two halves of a gated activation, `silu(gate) * up`, are interleaved in groups of 32 columns instead, so that a
+The two halves of a gated activation, `silu(gate) * up`, are interleaved in groups of `gate_columns` instead, so that a
 matmul kernel has both sides of the product at hand; a checkpoint that stores both in one matrix is split for that:
 
     %w = interleave %gate, %up {group=32}; %y = linear %x, %w
@@ -38,7 +38,8 @@ from inferloom.compiler.rewrite import drop_dead_nodes, pointwise_cone, tensor
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
 
 NAME = "merge-linear"
-GROUP = 32
+#: Columns of a gate before those of its up projection, unless the target wants another number.
+GATE_COLUMNS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,13 @@ class _Columns:
 
 @dataclass(frozen=True, slots=True)
 class _Merge:
-    """Parts of linears over one x that become one; `interleaved` for a gate and its up projection."""
+    """Parts of linears over one x that become one; a gate and its up projection in turns of `group` columns."""
 
     parts: tuple[_Columns, ...]
-    interleaved: bool
+    group: int = 0
 
 
-def run(graph: Graph, report: Report | None = None) -> Graph:
+def run(graph: Graph, report: Report | None = None, gate_columns: int = GATE_COLUMNS) -> Graph:
     report = report or Report()
     original, graph = graph, _constants_first(graph)
     constants, users, producers = graph.constants(), graph.users(), graph.producers()
@@ -71,12 +72,12 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
         if pair is None or taken & {p.linear for p in pair}:
             continue
         width = pair[0].stop - pair[0].start
-        if width % GROUP:
+        if width % gate_columns:
             report.skipped("gate and up projection into interleaved columns",
-                           f"{width} columns are not a multiple of {GROUP}", node.loc)
+                           f"{width} columns are not a multiple of {gate_columns}", node.loc)
             continue
         first = min((p.linear for p in pair), key=linears.index)
-        merges[first] = _Merge(pair, True)
+        merges[first] = _Merge(pair, gate_columns)
         taken.update(p.linear for p in pair)
         report.fused(f"gate and up projection into one linear of {2 * width} interleaved columns", node.loc)
     by_input: dict[Value | None, list[Node]] = {}
@@ -85,7 +86,7 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
             by_input.setdefault(node.operands[0], []).append(node)
     for group in by_input.values():
         if len(group) > 1:
-            merges[group[0]] = _Merge(tuple(_whole(n) for n in group), False)
+            merges[group[0]] = _Merge(tuple(_whole(n) for n in group))
             taken.update(group)
             report.fused(f"{len(group)} linears of the same input into one", group[0].loc)
     return _emit(graph, merges) if merges else original
@@ -118,17 +119,17 @@ def _merged(builder: Builder, merge: _Merge, x: Value | None, mapped: dict[Value
     def join(parts: Sequence[Value | None]) -> Value | None:
         if parts[0] is None:
             return None
-        if merge.interleaved:
-            return builder.emit("interleave", *parts, group=GROUP)
+        if merge.group:
+            return builder.emit("interleave", *parts, group=merge.group)
         return builder.emit("concat", *parts, axis=0)
 
     bias = join(biases)
     y = builder.emit("linear", x, join(weights), *((bias,) if bias is not None else ()), loc=loc)
     shape = tensor(y).shape
     made, last, begin = {}, len(shape) - 1, 0
-    if merge.interleaved:
+    if merge.group:
         width = merge.parts[0].stop - merge.parts[0].start
-        y = builder.emit("reshape", y, shape=(*shape[:-1], width // GROUP, 2, GROUP), loc=loc)
+        y = builder.emit("reshape", y, shape=(*shape[:-1], width // merge.group, 2, merge.group), loc=loc)
         for i, part in enumerate(merge.parts):
             half = builder.emit("slice", y, axis=last + 1, start=i, stop=i + 1, loc=loc)
             made[part.value] = builder.emit("reshape", half, shape=(*shape[:-1], width), loc=loc)

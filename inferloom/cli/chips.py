@@ -12,8 +12,8 @@ def chips(json_: options.Json = False) -> None:
     """List the chips that artifacts can be made for; `cpu` is this machine."""
     set_json(json_)
     from inferloom.errors import UnsupportedError
+    from inferloom.targets.chips import CpuChip, host
     from inferloom.targets.chips import chips as known
-    from inferloom.targets.chips import host
 
     try:
         here = host().name
@@ -25,5 +25,5 @@ def chips(json_: options.Json = False) -> None:
     rows = table("Chips", "name", "", "what it is", "needs")
     for chip in known().values():
         rows.add_row(chip.name, "[green]this machine[/]" if chip.name == here else "", chip.description,
-                     " ".join(chip.requires))
+                     " ".join(chip.requires) if isinstance(chip, CpuChip) else chip.arch)
     out.print(rows)

@@ -90,7 +90,8 @@ def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> 
     out.print(f"[bold]{path}[/]  {human_bytes(size_on_disk(path))}")
     out.print(f"model    {model['name']}: {model['architecture']}, {model['dtype']}, vocabulary {model['vocab_size']}, "
               f"up to {model['max_model_len']} tokens")
-    out.print(f"chip     {chip['name']}: {chip['triple']}, needs {', '.join(chip['features']) or 'nothing special'}")
+    needs = f"{chip['driver']} device {chip['arch']}" if chip["arch"] else ", ".join(chip["features"]) or "nothing special"
+    out.print(f"chip     {chip['name']}: {chip['triple']}, needs {needs}")
     out.print(f"step     up to {dims['tokens']} tokens, {dims['seqs']} sequences, {dims['rows']} logit rows")
     out.print("made by  " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()))
     _show_contract(manifest, contract(manifest, budget))
@@ -102,7 +103,21 @@ def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> 
                         "\n".join(_short(kernel["source"])))
     out.print()
     out.print(kernels)
+    if chip["arch"]:
+        _show_resources(manifest["kernels"])
     err.print("[dim]More: --why, --ir list, --ir PHASE --diff, --memory 4GiB, --json[/]")
+
+
+def _show_resources(kernels: list[dict[str, Any]]) -> None:
+    """What each GPU kernel takes of its chip."""
+    columns = {"threads": "threads", "registers": "registers", "spilled_bytes": "spilled", "shared_bytes": "shared",
+               "matrix_instructions": "matrix instructions", "rows": "rows", "tile": "tile"}
+    rows = table("Resources", "kernel", *columns.values(), right=tuple(columns.values())[:5])
+    for kernel in kernels:
+        facts = {**kernel["resources"], "threads": kernel["launch"]["threads"]}
+        rows.add_row(kernel["symbol"], *(str(facts.get(key, "")) for key in columns))
+    out.print()
+    out.print(rows)
 
 
 def _show_contract(manifest: dict[str, Any], made: dict[str, Any]) -> None:

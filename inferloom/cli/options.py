@@ -11,7 +11,7 @@ import typer
 from inferloom.cache import CompileOptions
 from inferloom.errors import UsageError
 
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "fp16", "bf16")
 
 
 def complete_chip(incomplete: str) -> list[str]:
@@ -31,7 +31,7 @@ Model = Annotated[Path, typer.Argument(help="An artifact, or a checkpoint (compi
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint: config.json and *.safetensors.", show_default=False)]
 Chip = Annotated[str, typer.Option("--chip", help="Chip to compile for: see `inferloom chips`.",
                                    autocompletion=complete_chip)]
-Dtype = Annotated[str, typer.Option("--dtype", help="fp32 or bf16.", autocompletion=complete_dtype)]
+Dtype = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or (GPUs only) fp16.", autocompletion=complete_dtype)]
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_default=False,
                                                  help="Longest sequence; the model's own limit if not given.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False,

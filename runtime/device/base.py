@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from inferloom.runtime.errors import RequestError
-from inferloom.runtime.manifest import Q_TILE, Manifest
+from inferloom.runtime.errors import ArtifactError, RequestError
+from inferloom.runtime.manifest import DIMS, Manifest, Tiles, inputs_layout
 
 Int32 = NDArray[np.int32]
+_RAGGED = ("tokens", "positions", "slots", "seq_starts", "kv_lens", "logit_rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +60,23 @@ class Device(Protocol):
         ...
 
 
-def make_q_tiles(seq_starts: Int32) -> Int32:
-    """Attention tiles int32 [QT, 3] of (sequence, first token, count <= 16), in order of tokens.
+def make_tiles(seq_starts: Int32, tiles: Tiles) -> tuple[Int32, Int32]:
+    """Attention work q_tiles int32 [QT, 3] and d_tiles int32 [DT, 3] of (sequence, first token, count).
 
-    >>> make_q_tiles(np.array([0, 1, 18], np.int32)).tolist()
-    [[0, 0, 1], [1, 1, 16], [1, 17, 1]]
+    >>> [t.tolist() for t in make_tiles(np.array([0, 1, 18], np.int32), Tiles(16, 0))]
+    [[[0, 0, 1], [1, 1, 16], [1, 17, 1]], []]
+    >>> [t.tolist() for t in make_tiles(np.array([0, 1, 18], np.int32), Tiles(16, 4))]
+    [[[1, 1, 16], [1, 17, 1]], [[0, 0, 1]]]
     """
-    per_seq = -(-np.diff(seq_starts) // Q_TILE)
+    counts = np.diff(seq_starts)
+    short = counts <= tiles.decode
+    whole = np.flatnonzero(short).astype(np.int32)
+    per_seq = np.where(short, 0, -(-counts // tiles.prefill))
     seqs = np.repeat(np.arange(len(per_seq), dtype=np.int32), per_seq)
     nth = np.arange(len(seqs), dtype=np.int32) - np.repeat(np.cumsum(per_seq) - per_seq, per_seq)
-    first = seq_starts[seqs] + Q_TILE * nth
-    return np.stack([seqs, first, np.minimum(Q_TILE, seq_starts[seqs + 1] - first)], axis=1).astype(np.int32)
+    first = seq_starts[seqs] + tiles.prefill * nth
+    cut = np.stack([seqs, first, np.minimum(tiles.prefill, seq_starts[seqs + 1] - first)], axis=1)
+    return cut.astype(np.int32), np.stack([whole, seq_starts[whole], counts[whole]], axis=1).astype(np.int32)
 
 
 def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
@@ -111,6 +118,54 @@ def used_blocks(batch: StepBatch, block_tokens: int) -> NDArray[np.bool_]:
     """Which entries of block_tables hold tokens, as bool of its shape; the others are never read."""
     columns = np.arange(batch.block_tables.shape[1], dtype=np.int32)
     return columns[None, :] * block_tokens < batch.kv_lens[:, None]
+
+
+def plan_blocks(m: Manifest, num_blocks: int | None, memory_bytes: int | None) -> int:
+    """How many blocks of state the device gets. ArtifactError, with the arithmetic, when not even one fits."""
+    if (num_blocks is None) == (memory_bytes is None):
+        raise RequestError("give either num_blocks or memory_bytes")
+    most = (2**31 - 1) // m.state.block_tokens  # slots are int32
+    if num_blocks is not None:
+        if not 1 <= num_blocks <= most:
+            raise RequestError(f"num_blocks={num_blocks} must be 1 to {most}")
+        return num_blocks
+    least, sum_ = memory_needed(m, 1)
+    if memory_bytes is None or memory_bytes < least:
+        raise ArtifactError(f"{m.model.name} needs {least:,} bytes of memory and was given {memory_bytes:,}: {sum_}; "
+                            "give more memory, or compile with smaller limits")
+    return min((memory_bytes - least) // m.state.bytes_per_block + 1, most)
+
+
+def memory_needed(m: Manifest, blocks: int) -> tuple[int, str]:
+    """Bytes that a device takes with so many blocks of state, and how they add up."""
+    mem, state = m.memory, blocks * m.state.bytes_per_block
+    weights = m.files[m.weights.file].bytes  # the file as a whole, its header included
+    what = "one block" if blocks == 1 else f"{blocks:,} blocks"
+    return (weights + mem.workspace + mem.inputs + state,
+            f"weights {weights:,} + workspace {mem.workspace:,} + inputs {mem.inputs:,} + {what} of "
+            f"{m.state.block_tokens} tokens {state:,}")
+
+
+def input_views(m: Manifest, memory: NDArray[np.uint8]) -> dict[str, Int32]:
+    """Arrays over `memory` of the step inputs at their largest, by name."""
+    layout, _ = inputs_layout(m.dims, m.tiles)
+    return {name: np.ndarray(shape, np.int32, memory, offset) for name, (offset, shape) in layout.items()}
+
+
+def fill_inputs(batch: StepBatch, m: Manifest, views: dict[str, Int32]) -> list[int]:
+    """Write a checked batch into `input_views`; the counts of `DIMS`."""
+    for name in _RAGGED:
+        array = getattr(batch, name)
+        views[name][: len(array)] = array
+    seqs, width = batch.block_tables.shape
+    # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block.
+    views["block_tables"][:seqs, :width] = np.where(used_blocks(batch, m.state.block_tokens), batch.block_tables, 0)
+    views["block_tables"][:seqs, width:] = 0
+    q_tiles, d_tiles = make_tiles(batch.seq_starts, m.tiles)
+    views["q_tiles"][: len(q_tiles)], views["d_tiles"][: len(d_tiles)] = q_tiles, d_tiles
+    counts = [len(batch.tokens), seqs, len(batch.logit_rows), len(q_tiles), len(d_tiles)]
+    views["dims"][: len(DIMS)] = counts
+    return counts
 
 
 def _within(what: str, value: int, low: int, high: int) -> None:

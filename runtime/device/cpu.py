@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inferloom.runtime.artifact import Artifact
-from inferloom.runtime.device.base import StepBatch, check_batch, make_q_tiles, used_blocks
+from inferloom.runtime.device.base import StepBatch, check_batch, fill_inputs, input_views, plan_blocks
 from inferloom.runtime.device.library import KernelLibrary
 from inferloom.runtime.errors import ArtifactError, RequestError
-from inferloom.runtime.manifest import KERNELS_FILE, MAX_ARGS, Manifest, inputs_layout
+from inferloom.runtime.manifest import DIMS, KERNELS_FILE
 from inferloom.runtime.memory import Arena
 
-_RAGGED = ("tokens", "positions", "slots", "seq_starts", "kv_lens", "logit_rows")
+#: Pointers that a CPU kernel takes.
+MAX_ARGS = 16
 
 
 class _Call(ctypes.Structure):
@@ -51,11 +52,8 @@ class CpuDevice:
             self._inputs = Arena(m.memory.inputs, "the step inputs")
             self._state = Arena(self.num_blocks * m.state.bytes_per_block, f"{self.num_blocks} blocks of state")
             self._blocks = self._state.bytes.reshape(self.num_blocks, m.state.bytes_per_block)
-            self._views = {}
-            for name, (offset, shape) in inputs_layout(m.dims)[0].items():
-                self._views[name] = np.ndarray(shape, np.int32, self._inputs.bytes, offset)
+            self._views = input_views(m, self._inputs.bytes)
             self._calls = self._plan()
-            self._dims = (ctypes.c_int32 * 4)()
             self._library.threads(self.threads)
         except BaseException:
             self.close()
@@ -105,23 +103,12 @@ class CpuDevice:
 
     def _run(self, batch: StepBatch, ns: int | None) -> NDArray[np.float32]:
         self._check_open()
-        m, views = self.manifest, self._views
+        m = self.manifest
         check_batch(batch, m, self.num_blocks)
-        for name in _RAGGED:
-            array = getattr(batch, name)
-            views[name][: len(array)] = array
-        seqs, width = batch.block_tables.shape
-        # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block.
-        views["block_tables"][:seqs, :width] = np.where(used_blocks(batch, m.state.block_tokens),
-                                                        batch.block_tables, 0)
-        views["block_tables"][:seqs, width:] = 0
-        tiles = make_q_tiles(batch.seq_starts)
-        views["q_tiles"][: len(tiles)] = tiles
-        rows = len(batch.logit_rows)
-        self._dims[:] = [len(batch.tokens), seqs, rows, len(tiles)]
-        self._library.step(ctypes.addressof(self._calls), len(m.plan), ctypes.addressof(self._dims), ns)
+        dims = (ctypes.c_int32 * len(DIMS))(*fill_inputs(batch, m, self._views))
+        self._library.step(ctypes.addressof(self._calls), len(m.plan), ctypes.addressof(dims), ns)
         out = m.output
-        return np.ndarray((rows, out.vocab), np.float32, self._workspace.bytes, out.offset, (out.ld * 4, 4))
+        return np.ndarray((len(batch.logit_rows), out.vocab), np.float32, self._workspace.bytes, out.offset, (out.ld * 4, 4))
 
     def _plan(self) -> ctypes.Array[_Call]:
         m = self.manifest
@@ -132,6 +119,9 @@ class CpuDevice:
         for slot, call in zip(calls, m.plan):
             grid = m.kernels[call.kernel].grid
             slot.fn = functions[call.kernel]
+            if len(call.args) > MAX_ARGS:
+                raise ArtifactError(f"kernel {m.kernels[call.kernel].symbol} takes {len(call.args)} pointers, a CPU "
+                                    f"kernel at most {MAX_ARGS}: compile the model again")
             slot.dim, slot.tile, slot.mult = grid.dim, grid.tile, grid.mult
             for i, arg in enumerate(call.args):
                 if arg.name is not None:
@@ -148,23 +138,3 @@ class CpuDevice:
         self._check_open()
         if not 0 <= block < self.num_blocks:
             raise RequestError(f"block {block} does not exist: there are {self.num_blocks}")
-
-
-def plan_blocks(m: Manifest, num_blocks: int | None, memory_bytes: int | None) -> int:
-    """How many blocks of state the device gets. ArtifactError, with the arithmetic, when not even one fits."""
-    if (num_blocks is None) == (memory_bytes is None):
-        raise RequestError("give either num_blocks or memory_bytes")
-    most = (2**31 - 1) // m.state.block_tokens  # slots are int32
-    if num_blocks is not None:
-        if not 1 <= num_blocks <= most:
-            raise RequestError(f"num_blocks={num_blocks} must be 1 to {most}")
-        return num_blocks
-    mem, block = m.memory, m.state.bytes_per_block
-    weights = m.files[m.weights.file].bytes  # the file as a whole is in memory, its header included
-    fixed = weights + mem.workspace + mem.inputs
-    if memory_bytes is None or memory_bytes < fixed + block:
-        raise ArtifactError(
-            f"{m.model.name} needs {fixed + block:,} bytes of memory and was given {memory_bytes:,}: "
-            f"weights {weights:,} + workspace {mem.workspace:,} + inputs {mem.inputs:,} + one block of "
-            f"{m.state.block_tokens} tokens {block:,}; give more memory, or compile with smaller limits")
-    return min((memory_bytes - fixed) // block, most)

@@ -1,4 +1,4 @@
-"""The kernels' shared library, loaded from verified bytes rather than from a path."""
+"""An artifact's shared library, loaded from verified bytes rather than from a path."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.manifest import ABI
 
 
-class KernelLibrary:
-    """A loaded kernels.so: `symbol`, `threads`, `step`; for one thread at a time."""
+class Library:
+    """A loaded kernels.so. `_declare` of a subclass checks that it is what it should be.
+
+    ArtifactError, which names `where` it came from, when it cannot be loaded or is something else.
+    """
 
     def __init__(self, code: bytes, where: str) -> None:
         self._where = where
@@ -32,13 +35,13 @@ class KernelLibrary:
             raise
 
     def _declare(self) -> None:
-        self.symbol("il_threads"), self.symbol("il_step")
-        self.symbol("il_abi")
-        abi = self._lib.il_abi()
-        if abi != ABI:
-            raise ArtifactError(f"{self._where} has ABI {abi}, this runtime has {ABI}: compile the model again")
-        self._lib.il_step.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
-        self._lib.il_step.restype = ctypes.c_int
+        """Check the library's functions and give ctypes their types."""
+
+    def _check_abi(self, function: str, ours: int) -> None:
+        self.symbol(function)
+        abi = getattr(self._lib, function)()
+        if abi != ours:
+            raise ArtifactError(f"{self._where} has ABI {abi}, this runtime has {ours}: compile the model again")
 
     def symbol(self, name: str) -> int:
         """Address of a function. ArtifactError when the library has none of that name."""
@@ -49,6 +52,20 @@ class KernelLibrary:
         if not address:
             raise ArtifactError(f"{self._where} has no function {name!r}: compile the model again")
         return address
+
+    def _unload(self) -> None:
+        self._open = False
+        unload(self._lib, self._fd)
+
+
+class KernelLibrary(Library):
+    """CPU kernels and their stepper: `symbol`, `threads`, `step`; for one thread at a time."""
+
+    def _declare(self) -> None:
+        self.symbol("il_threads"), self.symbol("il_step")
+        self._check_abi("il_abi", ABI)
+        self._lib.il_step.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p]
+        self._lib.il_step.restype = ctypes.c_int
 
     def threads(self, count: int) -> None:
         """Run on `count` threads, the caller's included. ArtifactError when they cannot be had."""
@@ -68,10 +85,11 @@ class KernelLibrary:
             self._lib.il_threads(1)
             self._unload()
 
-    def _unload(self) -> None:
-        self._open = False
-        _ctypes.dlclose(self._lib._handle)
-        os.close(self._fd)
+
+def unload(library: ctypes.CDLL, fd: int) -> None:
+    """Unload a library and close the descriptor of its file."""
+    _ctypes.dlclose(library._handle)
+    os.close(fd)
 
 
 def _as_file(code: bytes) -> tuple[int, str]:

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from inferloom.ir.errors import UnsupportedError
-from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource
-from inferloom.targets.chips import Chip
+from inferloom.ir.types import DType
+from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress
+from inferloom.targets.chips import CpuChip
+from inferloom.targets.link import link_shared
 from inferloom.targets.tvm import attention, matmul, rows
 from inferloom.targets.tvm.isa import CpuIsa
-from inferloom.targets.tvm.toolchain import compile_object, link_shared
+from inferloom.targets.tvm.toolchain import compile_object
 
 STEPPER = Path(__file__).with_name("stepper.c")
+#: Tokens of an attention tile.
+Q_TILE = 16
 
 
-def compile_kernels(sources: Sequence[KernelSource], chip: Chip) -> CompiledModule:
-    """Generate, compile and link all kernels of an artifact for a chip."""
-    isa = CpuIsa(chip.matmul_rows, chip.matmul_vectors, chip.matmul_k_slice, chip.bf16_dot)
-    functions, infos = {}, []
-    for source in sources:
-        kind = str(source.node.attrs["kind"])
-        if kind == "row":
-            fn, grid, args = rows.lower(source)
-        elif kind == "matmul":
-            fn, grid, args = matmul.lower(source, isa)
-        elif kind == "attention":
-            fn, grid, args = attention.lower(source, isa)
-        else:
-            raise UnsupportedError(f"the CPU target has no kernels of kind {kind!r}")
-        functions[source.symbol] = fn
-        infos.append(KernelInfo(source.symbol, kind, grid, args))
-    data = link_shared([compile_object(functions, chip.tvm_target)], [STEPPER], chip.triple)
-    return CompiledModule("kernels.so", data, tuple(infos))
+class CpuTarget:
+    """Code for one CPU."""
+
+    tools = ("apache-tvm", "ziglang")
+    # Rows a multiple of 4 KiB apart would all fall into the same sets of the L1 cache.
+    lowering = Lowering(dtypes=("fp32", "bf16"), weight_tile=64, weight_pair={DType.F32: 1, DType.BF16: 2},
+                        weight_k_multiple=32, gate_columns=32, row_align=64, avoid=4096)
+
+    def __init__(self, chip: CpuChip) -> None:
+        self.chip = chip
+
+    def numerics(self) -> dict[str, Any]:
+        return {"accumulate": "f32", "reduction_order": "sequential over k, independent of the batch",
+                "bf16_dot": self.chip.bf16_dot}
+
+    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
+        """Generate, compile and link all kernels of an artifact."""
+        chip = self.chip
+        isa = CpuIsa(chip.matmul_rows, chip.matmul_vectors, chip.matmul_k_slice, chip.bf16_dot)
+        functions, infos = {}, []
+        for number, source in enumerate(sources):
+            kind = str(source.node.attrs["kind"])
+            if kind == "row":
+                fn, grid, args = rows.lower(source)
+            elif kind == "matmul":
+                fn, grid, args = matmul.lower(source, isa)
+            elif kind == "attention":
+                fn, grid, args = attention.lower(source, isa)
+            else:
+                raise UnsupportedError(f"the CPU target has no kernels of kind {kind!r}")
+            functions[source.symbol] = fn
+            infos.append(KernelInfo(source.symbol, kind, number, grid, args))
+        data = link_shared([compile_object(functions, chip.tvm_target)], [STEPPER], chip.triple)
+        return CompiledModule({"kernels/kernels.so": data}, tuple(infos), (Q_TILE, 0))

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define IL_ABI 1
+#define IL_ABI 2
 #define IL_ARGS 16
 #define IL_MAX_THREADS 256
 #define SPINS_BEFORE_YIELD 2000

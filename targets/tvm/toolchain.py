@@ -1,25 +1,16 @@
-"""From TIR functions to an object, and from an object to a shared library.
-
-TVM is used as an LLVM front end: a short pass list, no schedules, no calling convention of its own. Linking is
-done by Zig's C compiler, which carries a linker and a C library for every target, so that artifacts can be
-cross-compiled anywhere and come out the same byte for byte.
-"""
+"""From TIR functions to an object. TVM is used as an LLVM front end: a short pass list, no schedules, no calling
+convention of its own."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
-
-from inferloom.ir.errors import UnsupportedError
 
 _PIPELINE = "inferloom"
 #: tvm::CallingConv::kDeviceKernelLaunch: leaves the signature alone, so that it is a plain C function.
@@ -50,25 +41,3 @@ def compile_object(functions: Mapping[str, Any], target: Mapping[str, Any]) -> b
         path = Path(folder) / "kernels.o"
         built.mod.write_to_file(str(path), "o")
         return path.read_bytes()
-
-
-def link_shared(objects: Sequence[bytes], sources: Sequence[Path], triple: str) -> bytes:
-    """A shared library of objects and C sources for `triple` (arch-os-abi, as Zig writes it)."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        names = []
-        for i, data in enumerate(objects):
-            (root / f"{i}.o").write_bytes(data)
-            names.append(f"{i}.o")
-        for path in sources:
-            (root / path.name).write_bytes(path.read_bytes())
-            names.append(path.name)
-        # Relative names and a fixed working directory keep paths out of the bytes.
-        command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, "-shared", "-fPIC", "-O2", "-std=c11",
-                   "-g0", "-s", "-pthread", "-Wl,--build-id=none", "-fno-sanitize=all", "-o", "out.so", *names]
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "inferloom" / "zig"
-        env = os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(root / "zig")}
-        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise UnsupportedError(f"linking for {triple} failed:\n{done.stderr.strip()[-2000:]}")
-        return (root / "out.so").read_bytes()

@@ -10,7 +10,8 @@ from inferloom.ir.types import DType, StateType, Sym, TensorType
 
 
 def tiny_llama(layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2, dim: int = 16, inter: int = 96,
-               vocab: int = 131, tied: bool = True, window: int = 0, max_tokens: int = 64) -> Graph:
+               vocab: int = 131, tied: bool = True, window: int = 0, max_tokens: int = 64,
+               gate_columns: int = 32) -> Graph:
     """A Llama-shaped model-level graph, merged and recognised as the passes before paging leave it."""
     b = Builder("tiny")
     f32 = DType.F32
@@ -43,8 +44,9 @@ def tiny_llama(layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int 
         o = b.emit("reshape", o, shape=(tokens, heads * dim))
         h = b.emit("add", h, b.emit("linear", o, param(f"{name}.o", hidden, heads * dim)), loc="tiny.py:5")
         x = b.emit("rms_norm", h, param(f"{name}.norm2", hidden), eps=1e-5, loc="tiny.py:6")
-        gate_up = b.emit("interleave", param(f"{name}.gate", inter, hidden), param(f"{name}.up", inter, hidden), group=32)
-        y = b.emit("reshape", b.emit("linear", x, gate_up), shape=(tokens, inter // 32, 2, 32))
+        halves = [param(f"{name}.{half}", inter, hidden) for half in ("gate", "up")]
+        gate_up = b.emit("interleave", *halves, group=gate_columns)
+        y = b.emit("reshape", b.emit("linear", x, gate_up), shape=(tokens, inter // gate_columns, 2, gate_columns))
         gate, up = (b.emit("reshape", b.emit("slice", y, axis=2, start=j, stop=j + 1), shape=(tokens, inter))
                     for j in (0, 1))
         x = b.emit("mul", b.emit("silu", gate), up, loc="tiny.py:7")

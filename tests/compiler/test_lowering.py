@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inferloom.compiler.passes import group_kernels, lower_attention, lower_precision, pack_weights, page_state
-from inferloom.compiler.plan import plan_memory
+from inferloom.compiler.plan import Rows, plan_memory
 from inferloom.compiler.report import Report
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph
@@ -57,7 +57,7 @@ def test_kernels_per_layer() -> None:
 
 def test_plan_never_overlaps_live_values() -> None:
     graph = lowered(tiny_llama(layers=3), DType.F32)
-    plan = plan_memory(graph)
+    plan = plan_memory(graph, Rows(64, 4096))
     last: dict[object, int] = {v: len(plan.kernels) for v in graph.outputs}
     for i, node in enumerate(plan.kernels):
         last.update({v: i for v in node.operands if last.get(v, -1) < i})

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from inferloom.runtime.artifact import Artifact
-from inferloom.runtime.device.base import StepBatch, make_q_tiles
+from inferloom.runtime.device.base import StepBatch, make_tiles
 from inferloom.runtime.device.cpu import CpuDevice
 from inferloom.runtime.errors import ArtifactError, RequestError
+from inferloom.runtime.manifest import Tiles
 from tests.runtime.toy import VOCAB, toy_library, toy_manifest, write_toy
 
 
@@ -71,8 +72,8 @@ def test_blocks(device):
 
 def test_q_tiles():
     starts = np.array([0, 1, 17, 34, 66], np.int32)
-    tiles = make_q_tiles(starts)
-    assert tiles.dtype == np.int32
+    tiles, rest = make_tiles(starts, Tiles(16, 0))
+    assert tiles.dtype == rest.dtype == np.int32 and rest.shape == (0, 3)
     assert tiles.tolist() == [[0, 0, 1], [1, 1, 16], [2, 17, 16], [2, 33, 1], [3, 34, 16], [3, 50, 16]]
 
 
@@ -168,8 +169,8 @@ def test_libraries_that_do_not_fit(tmp_path):
 def test_other_abi_is_refused(tmp_path, monkeypatch):
     from inferloom.runtime.device import library
 
-    monkeypatch.setattr(library, "ABI", 2)
-    with pytest.raises(ArtifactError, match="has ABI 1, this runtime has 2"):
+    monkeypatch.setattr(library, "ABI", 9)
+    with pytest.raises(ArtifactError, match="has ABI 2, this runtime has 9"):
         library.KernelLibrary(toy_library(), "toy")
 
 

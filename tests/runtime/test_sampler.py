@@ -10,6 +10,7 @@ import pytest
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.sampler import sample
+from inferloom.runtime.top import TopRow
 
 ROW = np.array([2.0, 1.0, 0.5, 0.0, -1.0, 1.5], np.float32)
 
@@ -70,3 +71,35 @@ def test_seed_and_position_decide() -> None:
 def test_bad_parameters_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(bad))):
         SamplingParams(**bad)  # type: ignore[arg-type]
+
+
+def top_row(row: np.ndarray, params: SamplingParams, count: int) -> TopRow:
+    """What a device gives: the largest `count`, the sum over all; asking for the row is counted."""
+    order = np.argsort(-row, kind="stable")[:count]
+    bits = row[order].view(np.int32)
+    keys = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64) << 32 | (0x7FFFFFFF - order)
+    scaled = row.astype(np.float64) / (1.0 if params.greedy else params.temperature)
+    stats = np.array([scaled.max(), np.exp(scaled - scaled.max()).sum()], np.float32)
+
+    def whole() -> np.ndarray:
+        fetched.append(1)
+        return row
+
+    fetched: list[int] = []
+    made = TopRow(keys, stats, whole)
+    made.fetched = fetched  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize("params,decided", [
+    ({"temperature": 0}, True), ({"top_k": 5}, True), ({"top_k": 40, "temperature": 0.7, "top_p": 0.8}, True),
+    ({"top_k": 3, "min_p": 0.2}, True), ({"top_p": 0.3, "temperature": 0.4}, True), ({"min_p": 0.3}, True),
+    ({"min_p": 0.3, "top_p": 0.7}, True), ({"top_k": 80}, False), ({}, False), ({"top_p": 0.999, "temperature": 3}, False),
+    ({"top_k": 5, "logprobs": 2}, False), ({"temperature": 0, "logit_bias": {3: 5.0}}, False)])
+def test_largest_logits_draw_the_same_token(params: dict[str, object], decided: bool) -> None:
+    for seed in range(60):
+        row = np.round(np.random.default_rng(seed).standard_normal(300) * 3, 1).astype(np.float32)  # with equals
+        p = SamplingParams(**params)  # type: ignore[arg-type]
+        top = top_row(row, p, 64)
+        assert sample(top, p, [], [], seed, 0) == sample(row, p, [], [], seed, 0)
+        assert bool(top.fetched) != decided  # type: ignore[attr-defined]

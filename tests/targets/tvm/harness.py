@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from inferloom.compiler.kernels import select_kernels
-from inferloom.compiler.plan import plan_memory, row_elements, tensor_bytes
+from inferloom.compiler.plan import Rows, plan_memory, row_elements, tensor_bytes
 from inferloom.compiler.weights import weight_buffers
 from inferloom.ir import op as ops
 from inferloom.ir.graph import Graph, Value
 from inferloom.ir.ops.attention import KVArrays
 from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.targets.base import Logits
 from inferloom.targets.chips import find
-from inferloom.targets.tvm.codegen import compile_kernels
+from inferloom.targets.tvm.codegen import CpuTarget
+from tests.targets.single import aligned
 
 
 class Call(ctypes.Structure):
@@ -24,13 +26,6 @@ class Call(ctypes.Structure):
 
     _fields_ = [("fn", ctypes.c_void_p), ("args", ctypes.c_void_p * 16), ("dim", ctypes.c_int32),
                 ("tile", ctypes.c_int32), ("mult", ctypes.c_int32), ("flags", ctypes.c_int32)]
-
-
-def aligned(size: int) -> np.ndarray:
-    """Zeroed bytes that start on a cache line."""
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start:start + size]
 
 
 def load(data: bytes) -> ctypes.CDLL:
@@ -67,10 +62,10 @@ class Compiled:
 
     def __init__(self, graph: Graph, params: dict[str, np.ndarray], blocks: int = 8, chip: str = "cpu") -> None:
         self.graph, self.params = graph, params
-        self.plan = plan_memory(graph)
+        self.plan = plan_memory(graph, Rows(64, 4096))
         self.selection = select_kernels(self.plan)
-        self.module = compile_kernels(self.selection.sources, find(chip))
-        self.lib = load(self.module.data)
+        self.module = CpuTarget(find(chip)).compile_kernels(self.selection.sources, Logits(1, 1, 1), print)
+        self.lib = load(self.module.files["kernels/kernels.so"])
         self.lib.il_threads(2)
         self.workspace, self.weights = aligned(self.plan.workspace), aligned(self.plan.weight_bytes)
         self.pool = aligned(max(self.plan.bytes_per_block, 1) * blocks)
@@ -85,7 +80,7 @@ class Compiled:
         starts = held["seq_starts"]
         held["q_tiles"] = np.array([(s, t, min(16, starts[s + 1] - t)) for s in range(len(starts) - 1)
                                     for t in range(starts[s], starts[s + 1], 16)], np.int32)
-        dims = (ctypes.c_int32 * 4)(len(held["tokens"]), len(held["kv_lens"]), len(held["logit_rows"]),
+        dims = (ctypes.c_int32 * 5)(len(held["tokens"]), len(held["kv_lens"]), len(held["logit_rows"]),
                                     len(held["q_tiles"]))
         base = {"workspace": self.workspace.ctypes.data, "weights": self.weights.ctypes.data,
                 "state": self.pool.ctypes.data}

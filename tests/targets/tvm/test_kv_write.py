@@ -10,8 +10,9 @@ import pytest
 from inferloom.ir.graph import Builder, Value
 from inferloom.ir.ops.attention import KVArrays
 from inferloom.ir.types import DType, StateType
-from tests.targets.tvm.bodies import TOKENS, Body, Kernels, tensor
-from tests.targets.tvm.harness import aligned, unpack_state
+from tests.targets.single import TOKENS, Body, aligned, tensor
+from tests.targets.tvm.bodies import Kernels
+from tests.targets.tvm.harness import unpack_state
 
 BLOCK, BLOCKS = 32, 5
 TYPES = {

@@ -10,7 +10,8 @@ import pytest
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Value
 from inferloom.ir.types import DType
-from tests.targets.tvm.bodies import ROWS, TOKENS, Body, Kernels, alone, random_inputs, tensor
+from tests.targets.single import ROWS, TOKENS, Body, alone, random_inputs, tensor
+from tests.targets.tvm.bodies import Kernels
 
 
 def linear(b: Builder, n: int, k: int, dtype: DType, bias: bool = False, rows: object = TOKENS) -> Value:

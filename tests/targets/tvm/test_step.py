@@ -48,11 +48,12 @@ def test_other_levels_of_this_machine(chip: str) -> None:
 @pytest.mark.parametrize("chip", ["aarch64", "riscv64"])
 def test_cross_compiles(chip: str) -> None:
     from inferloom.compiler.kernels import select_kernels
-    from inferloom.compiler.plan import plan_memory
-    from inferloom.targets.chips import find
-    from inferloom.targets.tvm.codegen import compile_kernels
+    from inferloom.compiler.plan import Rows, plan_memory
+    from inferloom.targets.base import Logits
+from inferloom.targets.chips import find
+    from inferloom.targets.tvm.codegen import CpuTarget
 
     graph = lowered(tiny_llama(layers=1), DType.BF16)
-    module = compile_kernels(select_kernels(plan_memory(graph)).sources, find(chip))
-    machine = int.from_bytes(module.data[18:20], "little")
-    assert module.data[:4] == b"\x7fELF" and machine == {"aarch64": 183, "riscv64": 243}[chip]
+    module = CpuTarget(find(chip)).compile_kernels(select_kernels(plan_memory(graph, Rows(64, 4096))).sources, Logits(1, 1, 1), print)
+    machine = int.from_bytes(module.files["kernels/kernels.so"][18:20], "little")
+    assert module.files["kernels/kernels.so"][:4] == b"\x7fELF" and machine == {"aarch64": 183, "riscv64": 243}[chip]

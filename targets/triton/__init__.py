@@ -1,0 +1,1 @@
+"""GPU code generation through Triton."""

@@ -1,0 +1,106 @@
+"""Attention as the targets' tests need it: variants with sizes, their kernel bodies, and ragged batches of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from inferloom.ir.expr import Const, Expr, Load, Var, call, maximum, select, tanh
+from inferloom.ir.graph import Builder, Value
+from inferloom.ir.ops.attention import KVArrays
+from inferloom.ir.types import Affine, DType, StateType, Sym, TensorType, cast_array
+
+TOKENS = Sym("tokens", 64)
+SEQS = Sym("seqs", 8)
+COLUMNS, BLOCK = 4, 32
+Q, K, SCORE, HEAD = Var("q_pos"), Var("k_pos"), Var("score"), Var("head")
+CAUSAL, START = K <= Q, Const(0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant and the sizes it runs at. Table t0 holds one number a head, t1 one a position."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    k_dim: int = 16
+    v_dim: int = 16
+    dtype: DType = DType.F32
+    score: Expr = SCORE
+    visible: Expr = CAUSAL
+    first: Expr = START
+    sink: int = -1
+
+
+WINDOW = Case(visible=CAUSAL & (Q - K < 5), first=maximum(Q - 4, 0))
+CASES = {
+    "causal": Case(), "bf16": Case(dtype=DType.BF16, k_dim=32, v_dim=32), "one_head": Case(1, 1, 8, 8),
+    "odd": Case(3, 3, 6, 10), "odd_bf16": Case(3, 1, 24, 12, DType.BF16), "wide": Case(2, 1, 128, 64),
+    "many_queries_of_one_key": Case(19, 1), "group_of_eight": Case(16, 2, dtype=DType.BF16),
+    "window": WINDOW, "unclamped_window": Case(visible=WINDOW.visible, first=Q - 4),
+    "chunked": Case(visible=CAUSAL & call("eq", Q // 8, K // 8), first=Q // 8 * 8),
+    "softcap": Case(score=tanh(SCORE / 0.7) * 0.7), "sinks": Case(sink=0), "sinks_window": Case(
+        visible=WINDOW.visible, first=WINDOW.first, sink=0),
+    "alibi": Case(3, 1, score=SCORE + Load("t0", HEAD) * (K - Q)),
+    "distance": Case(score=SCORE + Load("t1", call("abs", Q - K)) / (1 + call("abs", K - Q))),
+    "strided": Case(visible=CAUSAL & (call("eq", (Q - K) % 3, 0) | (Q - K < 2))),
+    "selected": Case(score=select(call("not", call("lt", HEAD, 2)), SCORE * 2, call("neg", call("exp", SCORE)))),
+    "minus_infinity": Case(score=select(call("lt", K + 3, Q), float("-inf"), SCORE)),
+    "select_mixed": Case(score=SCORE + select(call("lt", K, 4), 1, 0.25)),
+    "even_heads_see_all": Case(visible=CAUSAL & (call("eq", HEAD % 2, 0) | (Q - K < 3))),
+}
+
+
+def tensor(*shape: int | Sym | Affine, dtype: DType = DType.F32) -> TensorType:
+    return TensorType(dtype, tuple(shape))
+
+
+def body(case: Case, columns: int = COLUMNS) -> Callable[[Builder], Sequence[Value]]:
+    def emit(b: Builder) -> Sequence[Value]:
+        stored = case.dtype
+        i32 = DType.I32
+        q = b.input("q", tensor(TOKENS, case.heads, case.k_dim, dtype=stored))
+        state = b.input("state", StateType(case.dtype, case.kv_heads, case.k_dim, case.v_dim, BLOCK))
+        steps = (b.input("seq_starts", tensor(Affine(SEQS, 1, 1), dtype=i32)),
+                 b.input("kv_lens", tensor(SEQS, dtype=i32)), b.input("block_tables", tensor(SEQS, columns, dtype=i32)))
+        tables = (b.input("t0", tensor(case.heads)), b.input("t1", tensor(columns * BLOCK)))
+        out = b.emit("paged_attention", q, state, *steps, *tables, scale=case.k_dim**-0.5, score=case.score,
+                     visible=case.visible, first=case.first, sink=case.sink)
+        flat = b.emit("reshape", out, shape=(TOKENS, case.heads * case.v_dim))
+        return [b.emit("cast", flat, dtype=stored)]
+
+    return emit
+
+
+class Batch:
+    """Sequences with their state; by default one decodes, one is in the middle of its prompt, one is new."""
+
+    def __init__(self, case: Case, columns: int = COLUMNS, lens: Sequence[int] = (70, 53, 18),
+                 counts: Sequence[int] = (1, 21, 18)) -> None:
+        rng = np.random.default_rng(0)
+        type = StateType(case.dtype, case.kv_heads, case.k_dim, case.v_dim, BLOCK)
+        blocks = len(lens) * columns + 1
+        self.state = KVArrays(
+            cast_array(rng.standard_normal((blocks * BLOCK, case.kv_heads, case.k_dim)).astype(np.float32), case.dtype),
+            cast_array(rng.standard_normal((blocks * BLOCK, case.kv_heads, case.v_dim)).astype(np.float32), case.dtype),
+            type)
+        self.starts = np.cumsum([0, *counts]).astype(np.int32)
+        self.lens = np.array(lens, np.int32)
+        self.tables = rng.permutation(blocks)[:len(lens) * columns].astype(np.int32).reshape(len(lens), columns)
+        q = rng.standard_normal((sum(counts), case.heads, case.k_dim)).astype(np.float32)
+        self.q = cast_array(q * 2, case.dtype)
+        self.extra = {"t0": rng.standard_normal(case.heads).astype(np.float32),
+                      "t1": rng.standard_normal(columns * BLOCK).astype(np.float32)}
+
+    def inputs(self) -> dict[str, object]:
+        return {"q": self.q, "seq_starts": self.starts, "kv_lens": self.lens,
+                "block_tables": self.tables, **self.extra}
+
+    def one(self, seq: int, token: int) -> dict[str, object]:
+        """A single token of a sequence, as if nothing else were there."""
+        row = self.starts[seq] + token
+        length = self.lens[seq] - (self.starts[seq + 1] - row) + 1
+        return self.inputs() | {"q": self.q[row:row + 1], "seq_starts": np.array([0, 1], np.int32),
+                                "kv_lens": np.array([length], np.int32), "block_tables": self.tables[seq:seq + 1]}

@@ -1,0 +1,140 @@
+"""Compiling for GPUs that are not here: limits, matrix instructions, reproducible bytes, every architecture and chip."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from inferloom.compiler.kernels import Selection, select_kernels
+from inferloom.compiler.passes.pack_weights import Packing
+from inferloom.compiler.pipeline import Options, lower
+from inferloom.compiler.plan import Rows, plan_memory
+from inferloom.compiler.report import Report
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Graph
+from inferloom.ir.types import DType
+from inferloom.targets.chips import GpuChip, chips, find
+from inferloom.targets.triton.aot import Binary, Compiler, violations
+from inferloom.targets.triton.codegen import TritonTarget
+from inferloom.targets.triton.source import KernelText
+from tests import zoo
+from tests.compiler.graphs import tiny_llama
+from tests.models.test_architectures import REQUIRED
+
+GPUS = [name for name, chip in chips().items() if isinstance(chip, GpuChip)]
+SHAPES = {
+    "llama-3.2-1b": {"hidden": 2048, "heads": 32, "kv_heads": 8, "dim": 64, "inter": 8192, "vocab": 128256},
+    "llama-3.1-8b": {"hidden": 4096, "heads": 32, "kv_heads": 8, "dim": 128, "inter": 14336, "vocab": 128256},
+    "qwen3-8b": {"hidden": 4096, "heads": 32, "kv_heads": 8, "dim": 128, "inter": 12288, "vocab": 151936},
+}
+
+
+def gpu(name: str) -> GpuChip:
+    chip = find(name)
+    assert isinstance(chip, GpuChip)
+    return chip
+
+
+def selected(graph: Graph, dtype: DType, tokens: int = 64) -> Selection:
+    """The kernels of a model-level graph as the GPU target gets them."""
+    wanted = TritonTarget.lowering
+    packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
+    lowered = lower(graph, Options(dtype, packing, wanted.gate_columns, 32, tokens, 8, 64), Report())
+    return select_kernels(plan_memory(lowered, Rows(wanted.row_align, wanted.avoid)))
+
+
+def model(**shape: Any) -> Graph:
+    return tiny_llama(gate_columns=TritonTarget.lowering.gate_columns, **shape)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Selection:
+    return selected(model(layers=2), DType.BF16)
+
+
+@pytest.mark.parametrize("name", ["h100", "mi300x"])
+def test_bytes_are_the_same_again(tiny: Selection, name: str) -> None:
+    made = []
+    for workers in (1, 2):
+        with Compiler(gpu(name), workers) as compiler:
+            picked, binaries = TritonTarget(gpu(name)).fit(tiny.sources, compiler, print)
+        made.append([binaries[k.symbol] for k in picked.kernels])
+    assert made[0] == made[1]
+    assert all(b.data[:4] == b"\x7fELF" and b.threads % gpu(name).warp == 0 for b in made[0])
+    matrix = [b.matrix for k, b in zip(picked.kernels, made[0], strict=True) if k.expects_matrix]
+    assert matrix and all(matrix)
+
+
+def test_depth_adds_no_kernels(tiny: Selection) -> None:
+    target = TritonTarget(gpu("h100"))
+    counts = [len(target.pick(s.sources, target.choices(s.sources)).kernels)
+              for s in (tiny, selected(model(layers=6), DType.BF16))]
+    assert counts[0] == counts[1] <= 40
+
+
+def test_limits_are_held() -> None:
+    """Each limit on its own, in words that say what is over it."""
+    chip = gpu("h100")
+    kernel = KernelText("k", "matmul", 0, (), (("p0", "*bf16"), ("p1", "*bf16")), (0, 1), (0, 1, 1), {},
+                        expects_matrix=True)
+    good = Binary(b"", 128, 232_448, 255, 0, 0, 512, 0, 4, (8, 8, 8, 8))
+    assert violations(good, kernel, chip) == []
+    for change, words in (({"shared": 232_449}, "shared memory of 232448"), ({"registers": 256}, "registers of 255"),
+                          ({"spilled": 8}, "spills 8 bytes"), ({"stack": 16}, "spills 16 bytes"),
+                          ({"tmem": 513}, "tensor memory"), ({"scratch": 4}, "scratch memory"),
+                          ({"matrix": 0}, "no matrix instruction"), ({"parameters": (8, 8, 4, 8)}, "parameters of")):
+        (found,) = violations(replace(good, **change), kernel, chip)  # type: ignore[arg-type]
+        assert words in found
+
+
+def test_what_does_not_compile_is_named() -> None:
+    broken = KernelText("k", "row", 0, ("    tl.store(p0, nothing)",), (("p0", "*fp32"),), (0,), (0, 1, 1), {})
+    with Compiler(gpu("h100"), 1) as compiler:
+        with pytest.raises(UnsupportedError, match=r"(?s)kernel k for h100.*nothing is not defined"):
+            compiler.compile([broken])
+
+
+def test_what_does_not_fit_is_made_smaller_or_refused(tiny: Selection) -> None:
+    said: list[str] = []
+    small = replace(gpu("h100"), shared=40_000)
+    with Compiler(small) as compiler:
+        TritonTarget(small).fit(tiny.sources, compiler, said.append)
+    none = replace(gpu("h100"), registers=8)
+    with Compiler(none) as compiler, pytest.raises(UnsupportedError, match="no configuration fits h100.*of 8"):
+        TritonTarget(none).fit(tiny.sources, compiler, said.append)
+    assert any("trying smaller tiles" in line for line in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GPUS)
+def test_every_architecture_compiles(name: str) -> None:
+    from inferloom.compiler.frontends.huggingface import trace_config
+
+    with Compiler(gpu(name)) as compiler:
+        for architecture in REQUIRED:
+            traced, _ = trace_config(zoo.config(architecture))
+            sources = selected(traced.imported.graph, DType.BF16).sources
+            picked, binaries = TritonTarget(gpu(name)).fit(sources, compiler, print)
+            assert len(picked.kernels) <= 60
+            for kernel in picked.kernels:
+                assert not violations(binaries[kernel.symbol], kernel, gpu(name)), architecture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_real_shapes_fit(name: str, shape: str) -> None:
+    """No spills, limits kept, matrix instructions there; the time is printed."""
+    sources = selected(model(layers=2, max_tokens=2048, **SHAPES[shape]), DType.BF16, 2048).sources
+    begin = time.perf_counter()
+    with Compiler(gpu(name)) as compiler:
+        picked, binaries = TritonTarget(gpu(name)).fit(sources, compiler, print)
+    print(f"{shape} for {name}: {len(picked.kernels)} kernels in {time.perf_counter() - begin:.1f} s")
+    assert len(picked.kernels) <= 40
+    for kernel in picked.kernels:
+        binary = binaries[kernel.symbol]
+        assert not violations(binary, kernel, gpu(name)) and binary.spilled == binary.stack == 0
+        assert bool(binary.matrix) == kernel.expects_matrix
