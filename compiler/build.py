@@ -111,8 +111,8 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     say("running passes")
     wanted = target.lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
-    graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, options.block_tokens,
-                                       options.max_tokens, options.max_seqs, blocks), report, dump)
+    graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, wanted.prologue,
+                                       options.block_tokens, options.max_tokens, options.max_seqs, blocks), report, dump)
     plan = plan_memory(graph, Rows(wanted.row_align, wanted.avoid))
     selection = select_kernels(plan)
     say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({target.chip.name})")
@@ -166,7 +166,7 @@ def _weight_name(graph: Graph, value: Value, sources: dict[Value, str]) -> str:
 def _manifest(model: TracedModel, target: Target, options: BuildOptions, compiled: Compiled,
               data_offset: int) -> m.Manifest:
     plan, module, chip = compiled.plan, compiled.module, target.chip
-    scratch = align(plan.workspace, m.ALIGN)
+    scratch = align(plan.workspace, 256)  # tensor descriptors lie on 128 bytes
     blocks = -(-model.max_model_len // options.block_tokens)
     dims = m.Dims(options.max_tokens, options.max_seqs, options.max_seqs, blocks)
     logits = plan.places[compiled.graph.outputs[0]]

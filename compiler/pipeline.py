@@ -38,6 +38,7 @@ class Options:
     dtype: DType
     packing: pack_weights.Packing
     gate_columns: int
+    prologue: bool
     block_tokens: int
     max_tokens: int
     max_seqs: int
@@ -86,7 +87,8 @@ def steps(options: Options) -> tuple[Step, ...]:
         Step("pack-weights", partial(pack_weights.run, packing=options.packing), "serving",
              "after precision, which decides what a pair is"),
         Step("dce-2", dce.run, "serving", "unpacked weights are dead now"),
-        Step("group-kernels", group_kernels.run, "kernel", "last: kernels are opaque to other passes"),
+        Step("group-kernels", partial(group_kernels.run, prologue=options.prologue), "kernel",
+             "last: kernels are opaque to other passes"),
     )
 
 

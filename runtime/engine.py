@@ -19,6 +19,7 @@ from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.request import Request, Sequence
 from inferloom.runtime.sampler import sample
 from inferloom.runtime.scheduler import Limits, Scheduler, Work
+from inferloom.runtime.top import TopRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +143,17 @@ class Engine:
             slots[part] = tables[i][pos // size] * size + pos % size
             lens[i] = s.computed + item.count
         rows = np.array([starts[i + 1] - 1 for i, w in enumerate(work) if w.samples], np.int32)
+        wanted = [w.sequence.request.params for w in work if w.samples]
+        sharpness = np.array([1.0 if p.greedy else 1 / p.temperature for p in wanted], np.float32)
         return StepBatch(tokens=tokens, positions=positions, slots=slots, seq_starts=starts, kv_lens=lens,
-                         block_tables=tables, logit_rows=rows)
+                         block_tables=tables, logit_rows=rows, sharpness=sharpness)
 
-    def _advance(self, sequence: Sequence, row: np.ndarray) -> None:
+    def _advance(self, sequence: Sequence, row: np.ndarray | TopRow) -> None:
         """Sample the sequence's next token and see whether it ends."""
         request, params = sequence.request, sequence.request.params
         early = sequence.generated < params.min_tokens
         banned = [*self.eos, *params.stop_token_ids] if early else []
-        if not np.isfinite(row).all():
+        if not (row.finite if isinstance(row, TopRow) else np.isfinite(row).all()):
             raise RequestError("the model's logits are not finite")
         token, logprobs = sample(row, params, request.prompt_ids, sequence.output_ids, self._seeds[request.id],
                                  sequence.index, banned)

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.chat import ChatTemplate
-from inferloom.runtime.device.base import StepBatch
+from inferloom.runtime.device.base import Device, StepBatch
 from inferloom.runtime.device.cpu import CpuDevice
+from inferloom.runtime.device.gpu import GpuDevice
 from inferloom.runtime.engine import Engine, Stats
 from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.manifest import KERNELS_FILE, Manifest
@@ -31,12 +32,13 @@ class LLM:
     """An artifact in memory, ready to generate.
 
     `memory_bytes` bounds everything together (default: what the artifact needs, and for state the least of 4 GiB,
-    half of the memory that is free, and all that its limits can use). `threads` defaults to the usable cores.
-    Raises ArtifactError for an artifact that is damaged, foreign or does not fit.
+    half of the memory that is free, and all that its limits can use; on a GPU, nine tenths of what is free there).
+    `threads` of a CPU defaults to the usable cores, `gpu` is the driver's number of the GPU. Raises ArtifactError for
+    an artifact that is damaged, foreign or does not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int | None = None, threads: int | None = None,
-                 max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
+                 gpu: int = 0, max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
                  enable_prefix_caching: bool = True, seed: int | None = None) -> None:
         self.artifact = Artifact.open(Path(path))
         m = self.manifest = self.artifact.manifest
@@ -47,8 +49,12 @@ class LLM:
         self.tokenizer = _tokenizer(self.artifact)
         self.chat_template = ChatTemplate.of(self.artifact)
         self._verify_rest()
-        budget = default_memory(m) if memory_bytes is None else memory_bytes
-        self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads)
+        self.device: Device
+        if m.chip.driver == "none":
+            budget = default_memory(m) if memory_bytes is None else memory_bytes
+            self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads)
+        else:
+            self.device = GpuDevice(self.artifact, memory_bytes=memory_bytes, ordinal=gpu)
         salt = m.files[m.weights.file].blake3.encode()
         self.engine = Engine(self.device, limits, m.model.vocab_size, self.tokenizer, m.model.eos_token_ids,
                              enable_prefix_caching, salt, seed)
@@ -57,7 +63,7 @@ class LLM:
     def _verify_rest(self) -> None:
         """Hash the files that nothing here reads, too: an artifact is whole or refused."""
         for name in self.manifest.files:
-            if name not in (KERNELS_FILE, self.manifest.weights.file):
+            if name not in (KERNELS_FILE, self.manifest.weights.file):  # the device reads those
                 self.artifact.read(name)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -131,7 +137,7 @@ class LLM:
                 batch = StepBatch(tokens=ids[pos], positions=pos, slots=slots, seq_starts=np.array([0, len(pos)], np.int32),
                                   kv_lens=pos[-1:] + 1, block_tables=blocks,
                                   logit_rows=np.arange(len(pos), dtype=np.int32))
-                out[pos] = self.device.step(batch)
+                out[pos] = np.asarray(self.device.step(batch))
         finally:
             for block in held:
                 engine.pool.release(block)

@@ -265,7 +265,8 @@ def loads(data: bytes) -> Manifest:
 def inputs_layout(dims: Dims, tiles: Tiles) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
     """Where each int32 step input lies: {name: (byte offset, shape at its largest)} and the bytes of all.
 
-    `sharpness` is float32: 1 / temperature of each row of logits. `dims` holds the counts of `DIMS`. q_tiles and d_tiles hold one (sequence, first token, count) per attention
+    `sharpness` is float32: 1 / temperature of each row of logits.
+    `dims` holds the counts of `DIMS`. q_tiles and d_tiles hold one (sequence, first token, count) per attention
     tile; each sequence adds at most one tile that is not full. block_tables comes last, for it may be long.
     """
     tokens, seqs, rows = dims.tokens, dims.seqs, dims.rows
@@ -313,8 +314,10 @@ def _problems(m: Manifest) -> Iterator[str]:
     if out.offset + m.dims.rows * out.ld * 4 > m.memory.workspace:
         yield f"output: {m.dims.rows} rows of {out.ld} floats at {out.offset} leave memory.workspace"
     if out.top is not None:
-        sizes = ((out.top.keys, out.top.count * 8), (out.top.stats, 8))
-        if out.top.count < 1 or any(at < 0 or at % 8 or at + m.dims.rows * size > m.memory.workspace for at, size in sizes):
+        places = ((out.top.keys, out.top.count * 8), (out.top.stats, 8))
+        if not (out.top.count >= 1 and out.top.keys + m.dims.rows * out.top.count * 8 <= out.top.stats):
+            yield f"output.top must have keys before stats: {out.top}"
+        if any(at < 0 or at % 8 or at + m.dims.rows * size > m.memory.workspace for at, size in places):
             yield f"output.top leaves memory.workspace: {out.top}"
     for i, kernel in enumerate(m.kernels):
         if not -1 <= kernel.grid.dim < len(DIMS) or kernel.grid.tile < 1 or kernel.grid.mult < 0:

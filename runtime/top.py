@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 class TopRow:
     """The largest logits of one row: `values` f32 and `ids`, largest first, lower ids first where equal.
 
-    `log_total` is log(sum(exp(logit / temperature))) over the whole row. `row()` copies the row from the device;
+    `log_total` is log(sum(exp(logit / temperature))) over the whole row; it is `finite` unless the model gave a NaN or
+    an infinity. `row()` copies the row from the device;
     it is there until the next step.
     """
 
@@ -22,22 +23,30 @@ class TopRow:
         seen = self.ids >= 0  # a vocabulary smaller than the list leaves places at its end
         seen &= self.values > -np.inf
         self.values, self.ids = self.values[seen], self.ids[seen]
-        self.log_total = float(np.float64(stats[0]) + np.log(np.float64(stats[1])))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.log_total = float(np.float64(stats[0]) + np.log(np.float64(stats[1])))
+        self.finite = bool(np.isfinite(self.log_total))
         self.row = row
 
 
 class TopRows:
-    """`TopRow` for each row of a step."""
+    """`TopRow` for each row of a step. As an array it is the logits themselves, copied from the device.
+
+    `fetch(begin, end)` copies rows begin to end.
+    """
 
     def __init__(self, keys: NDArray[np.int64], stats: NDArray[np.float32],
-                 row: Callable[[int], NDArray[np.float32]]) -> None:
-        self._keys, self._stats, self._row = keys, stats, row
+                 fetch: Callable[[int, int], NDArray[np.float32]]) -> None:
+        self._keys, self._stats, self._fetch = keys, stats, fetch
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, i: int) -> TopRow:
-        return TopRow(self._keys[i], self._stats[i], lambda: self._row(i))
+        return TopRow(self._keys[i], self._stats[i], lambda: self._fetch(i, i + 1)[0])
 
     def __iter__(self) -> Iterator[TopRow]:
         return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> NDArray[np.float32]:
+        return np.asarray(self._fetch(0, len(self)), dtype)  # type: ignore[call-overload, no-any-return]

@@ -18,9 +18,9 @@ class Lowering:
     """What a target asks of the passes that come before kernel generation.
 
     Matmul weights are laid out in tiles of `weight_tile` columns with `weight_pair` k-steps together, k padded to
-    `weight_k_multiple` (tile 1 and pair 1: rows of k). Columns of a gate and its up projection alternate in
-    groups of `gate_columns`. Rows of activations start at multiples of `row_align` bytes, and not a multiple of
-    `avoid` bytes apart (0: any).
+    `weight_k_multiple` (tile 1 and pair 1: rows of k). Columns of a gate and its up projection alternate in groups of
+    `gate_columns`. With `prologue`, matmuls gather their rows themselves. Rows of activations start at multiples of
+    `row_align` bytes, and not a multiple of `avoid` bytes apart (0: any).
     """
 
     dtypes: tuple[str, ...]
@@ -28,6 +28,7 @@ class Lowering:
     weight_pair: Mapping[DType, int]
     weight_k_multiple: int
     gate_columns: int
+    prologue: bool
     row_align: int
     avoid: int
 

@@ -3,7 +3,8 @@
 Before: `%y = packed_linear %x, %p; %h = add %r, %y; %n = rms_norm %h, %w; ...`
 After:  `%h = kernel %x, %p, %r {kind="matmul", body={...}}; %n = kernel %h, %w {kind="row", body={...}}`
 
-Anchors (a matmul or an attention) get a kernel each, and take in the pointwise nodes that follow them. What is
+Anchors (a matmul or an attention) get a kernel each, and take in the pointwise nodes that follow them; where the target
+wants it, a matmul also takes in the gathering of the rows it reads. What is
 left works within one row and is joined by depth: the number of anchors on the longest path to a node. Two nodes
 of equal depth have no anchor between them, so joining them all can never make a cycle.
 """
@@ -31,13 +32,14 @@ class _Group:
     nodes: list[Node] = field(default_factory=list)
 
 
-def run(graph: Graph, report: Report) -> Graph:
-    return _Grouping(graph, report).emit()
+def run(graph: Graph, report: Report, prologue: bool = False) -> Graph:
+    """With `prologue`, a matmul gathers its rows itself."""
+    return _Grouping(graph, report, prologue).emit()
 
 
 class _Grouping:
-    def __init__(self, graph: Graph, report: Report) -> None:
-        self.graph, self.report = graph, report
+    def __init__(self, graph: Graph, report: Report, prologue: bool = False) -> None:
+        self.graph, self.report, self.prologue = graph, report, prologue
         self.constants = graph.constants()
         self.users = graph.users()
         self.live = [n for n in graph.nodes if not all(v in self.constants for v in n.results)]
@@ -52,14 +54,20 @@ class _Grouping:
 
     def _assign(self) -> None:
         by_depth: dict[tuple[int, object], _Group] = {}
+        before = {n: self._gathered(n) if self.prologue else [] for n in self.live if n.op in ANCHORS}
+        waiting = {n for chain in before.values() for n in chain}
         for node in self.live:
-            if node in self.group:
+            if node in self.group or node in waiting:
                 continue
-            depth = max((self.depth.get(v, 0) for v in node.operands if v is not None), default=0)
+            chain = before.get(node, [])
+            depth = max((self.depth.get(v, 0) for n in (*chain, node) for v in n.operands if v is not None), default=0)
             if node.op in ANCHORS:
-                group = _Group(ANCHORS[node.op], depth + 1, [node])
+                group = _Group(ANCHORS[node.op], depth + 1, [*chain, node])
                 self.groups.append(group)
-                self._place(node, group)
+                for each in (*chain, node):
+                    self._place(each, group)
+                for each in chain:
+                    self.report.fused(f"{each.op} into the {group.kind} after it", each.loc)
                 self._absorb(group, node)
                 continue
             key = (depth, self._rows(node))
@@ -73,6 +81,17 @@ class _Grouping:
         self.group[node] = group
         for value in node.results:
             self.depth[value] = group.depth
+
+    def _gathered(self, anchor: Node) -> list[Node]:
+        """A `gather_rows`, and casts after it, whose rows only this matmul reads."""
+        chain: list[Node] = []
+        node = self.made_by.get(anchor.operands[0]) if anchor.op == "packed_linear" else None  # type: ignore[arg-type]
+        while node is not None and node.op in ("cast", "gather_rows") and len(self.users.get(node.result, ())) == 1:
+            chain.insert(0, node)
+            if node.op == "gather_rows":
+                return chain
+            node = self.made_by.get(node.operands[0])  # type: ignore[arg-type]
+        return []
 
     def _rows(self, node: Node) -> object:
         """The symbolic leading dim: tokens and rows never share a kernel."""

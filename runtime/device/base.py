@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.manifest import DIMS, Manifest, Tiles, inputs_layout
+from inferloom.runtime.top import TopRows
 
 Int32 = NDArray[np.int32]
 _RAGGED = ("tokens", "positions", "slots", "seq_starts", "kv_lens", "logit_rows")
@@ -22,7 +23,8 @@ class StepBatch:
 
     tokens [T], positions [T], slots [T] (block * block_tokens + offset in it: where the token's state goes),
     seq_starts [S + 1] (first token of each sequence, then T), kv_lens [S] (tokens after this step),
-    block_tables [S, blocks_per_seq or fewer], logit_rows [R] (indices of tokens).
+    block_tables [S, blocks_per_seq or fewer], logit_rows [R] (indices of tokens). `sharpness` f32 [R] is
+    1 / temperature of each row, for what a device finds out about it; 1 if not given.
     """
 
     tokens: Int32
@@ -32,6 +34,7 @@ class StepBatch:
     kv_lens: Int32
     block_tables: Int32
     logit_rows: Int32
+    sharpness: NDArray[np.float32] | None = None
 
 
 class Device(Protocol):
@@ -39,8 +42,11 @@ class Device(Protocol):
 
     num_blocks: int
 
-    def step(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Logits f32 [R, vocab], valid until the next step. RequestError on a batch out of bounds."""
+    def step(self, batch: StepBatch) -> NDArray[np.float32] | TopRows:
+        """Logits f32 [R, vocab], valid until the next step; a GPU keeps them, and gives the largest of each row.
+
+        RequestError on a batch out of bounds.
+        """
         ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -85,6 +91,8 @@ def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
     Kernels trust their inputs: whatever passes here must touch no memory but its own.
     """
     for field in fields(batch):
+        if field.name == "sharpness":
+            continue
         array, ndim = getattr(batch, field.name), 2 if field.name == "block_tables" else 1
         if not isinstance(array, np.ndarray) or array.dtype != np.int32 or array.ndim != ndim:
             raise RequestError(f"step: {field.name} must be an int32 array of {ndim} dimension(s)")
@@ -99,6 +107,9 @@ def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
     for name, want in (("positions", count), ("slots", count), ("seq_starts", seqs + 1), ("block_tables", seqs)):
         if len(getattr(batch, name)) != want:
             raise RequestError(f"step: {name} must have {want} entries, got {len(getattr(batch, name))}")
+    sharpness = batch.sharpness
+    if sharpness is not None and (sharpness.dtype != np.float32 or sharpness.shape != batch.logit_rows.shape):
+        raise RequestError("step: sharpness must be float32, one number for each row of logits")
     lengths = np.diff(batch.seq_starts)
     if batch.seq_starts[0] != 0 or batch.seq_starts[-1] != count or lengths.min() < 1:
         raise RequestError(f"step: seq_starts must rise from 0 to {count}, at least one token a sequence")
@@ -165,6 +176,7 @@ def fill_inputs(batch: StepBatch, m: Manifest, views: dict[str, Int32]) -> list[
     views["q_tiles"][: len(q_tiles)], views["d_tiles"][: len(d_tiles)] = q_tiles, d_tiles
     counts = [len(batch.tokens), seqs, len(batch.logit_rows), len(q_tiles), len(d_tiles)]
     views["dims"][: len(DIMS)] = counts
+    views["sharpness"].view(np.float32)[: counts[2]] = 1 if batch.sharpness is None else batch.sharpness
     return counts
 
 

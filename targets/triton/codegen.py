@@ -66,7 +66,7 @@ class TritonTarget:
     tools = ("triton", "ziglang")
     lowering = Lowering(dtypes=("fp32", "fp16", "bf16"), weight_tile=1,
                         weight_pair={DType.F32: 1, DType.F16: 1, DType.BF16: 1}, weight_k_multiple=16, gate_columns=1,
-                        row_align=128, avoid=0)
+                        prologue=True, row_align=128, avoid=0)
 
     def __init__(self, chip: GpuChip, batch_invariant: bool = False, workers: int | None = None) -> None:
         self.chip, self.batch_invariant, self.workers = chip, batch_invariant, workers

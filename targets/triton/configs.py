@@ -27,6 +27,7 @@ class MatmulConfig:
     """Tile m x n x k of one block; `splits` blocks share the k of one tile; `group` rows of blocks run together.
 
     `reduce_n`: columns that one block adds up after a split. `most_rows`: rows that partial sums have room for.
+    `persistent`: that many blocks take tile after tile, loaded by the tensor memory accelerator (0: a block a tile).
     """
 
     m: int
@@ -39,6 +40,7 @@ class MatmulConfig:
     precision: str = ""
     reduce_n: int = 1024
     most_rows: int = 64
+    persistent: int = 0
     extra: tuple[tuple[str, int], ...] = ()
 
     def shared(self, itemsize: int) -> int:
@@ -61,6 +63,9 @@ class AttentionConfig:
 def matmul(chip: GpuChip, dtype: DType, n: int, k: int, least: int, most: int) -> list[MatmulConfig]:
     """Configurations to try in order: the measured one, the static choice, then smaller and smaller ones."""
     choices = [_static(chip, dtype, n, k, least, most)]
+    if chip.tma and most > 256 and dtype is not DType.F32:
+        first = replace(choices[0], stages=min(choices[0].stages, 3), persistent=chip.units)
+        choices = [first, replace(first, n=first.n // 2), *choices]
     measured = _tuned(chip.name).get(("matmul", str(dtype), n, k, most))
     if measured is not None:
         choices.insert(0, MatmulConfig(**measured))

@@ -2,7 +2,8 @@
 
 Several kernels share the rows of a step among them by their number: few rows stream the weights through narrow
 tiles (split over k where that alone would not fill the chip; a second kernel then adds the parts in order), many
-rows use tiles for the matrix unit.
+rows use tiles for the matrix unit. Where the chip has a tensor memory accelerator, as many blocks as it has units
+take one tile after the other, so that the next tile's loads hide the end of the last.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from inferloom.ir.graph import Graph, Value
 from inferloom.ir.types import DType, TensorType
 from inferloom.targets.base import KernelSource, Scratch
 from inferloom.targets.chips import GpuChip
+from inferloom.targets.triton.aot import DESCRIPTORS
 from inferloom.targets.triton.configs import MatmulConfig
 from inferloom.targets.triton.source import Index, KernelText, Writer
-from inferloom.targets.triton.values import Values, dims_of, parameter_type, row_dim
+from inferloom.targets.triton.values import TL_TYPES, Values, dims_of, parameter_type, row_dim
 
 
 class Matmul:
@@ -29,16 +31,18 @@ class Matmul:
         self.body, self.source, self.number, self.chip = body, source, number, chip
         (self.node,) = (n for n in body.nodes if n.op == "packed_linear")
         x, packed, *bias = self.node.operands
-        if x is None or packed is None or x not in body.inputs or not isinstance(packed.type, TensorType):
-            raise UnsupportedError(f"{self.node.loc}: a matmul whose input is computed in the same kernel")
+        if x is None or packed is None or not isinstance(packed.type, TensorType):
+            raise TypeError(self.node)
         self.bias = bias[0] if bias else None
         self.n, self.k = int(str(self.node.attrs["n"])), int(str(self.node.attrs["k"]))
-        self.x, self.packed = body.inputs.index(x), body.inputs.index(packed)
+        # None: the body makes x of its inputs.
+        self.x, self.packed = body.inputs.index(x) if x in body.inputs else None, body.inputs.index(packed)
+        self.x_value = x
         self.dtype = packed.type.dtype
         _, steps, tile, pair = dims_of(packed)
         if (tile, pair) != (1, 1):
             raise UnsupportedError(f"{self.node.loc}: the GPU target wants rows of weights, not tiles of {tile}x{pair}")
-        self.ldw, self.ldx = steps, source.layouts[self.x].ld
+        self.ldw, self.ldx = steps, source.layouts[self.x].ld if self.x is not None else 0
         self.dim = row_dim(body.outputs)
         self.max_rows = getattr(body.outputs[0].type.shape[0], "bound", 1)  # type: ignore[union-attr]
 
@@ -48,6 +52,13 @@ class Matmul:
         grid = (self.dim, config.m, tiles)
         options = {"num_warps": config.warps, "num_stages": config.stages, **dict(config.extra)}
         notes = {"rows": f"{least} to {most}", "tile": f"{config.m} x {config.n} x {config.k}", "splits": config.splits}
+        if config.persistent:
+            if self.x is None:
+                raise UnsupportedError(f"{self.node.loc}: a persistent matmul of rows that it gathers")
+            w, parameters, args = self._persistent(config)
+            # Whatever the number of rows, as many blocks; each builds its descriptors in the scratch memory.
+            return [self._text(suffix, w, parameters, (*args, Scratch(0)), (self.dim, 2**30, config.persistent), options,
+                               least, most, notes, True)]
         if config.splits == 1:
             w, parameters, args = self._main(config, False)
             return [self._text(suffix, w, parameters, args, grid, options, least, most, notes, True)]
@@ -60,7 +71,9 @@ class Matmul:
         return [main, reduce]
 
     def scratch_bytes(self, config: MatmulConfig, most: int) -> int:
-        """Bytes of partial sums."""
+        """Bytes of partial sums, or of descriptors."""
+        if config.persistent:
+            return config.persistent * DESCRIPTORS
         return config.splits * min(most, self.max_rows) * self.n * 4 if config.splits > 1 else 0
 
     def _text(self, suffix: str, w: Writer, parameters: Sequence[tuple[str, str]], args: Sequence[object],
@@ -79,12 +92,9 @@ class Matmul:
         if c.splits > 1:
             w.line(f"split = pid % {c.splits}")
             w.line(f"pid = pid // {c.splits}")
-        if c.group > 1:  # blocks that share weights and rows run at about the same time
+        if c.group > 1:
             w.line(f"blocks = tl.cdiv(count, {c.m})")
-            w.line(f"group = pid // {c.group * columns} * {c.group}")
-            w.line(f"tall = tl.maximum(tl.minimum(blocks - group, {c.group}), 1)")
-            w.line(f"first = (group + pid % {c.group * columns} % tall) * {c.m}")
-            w.line(f"column = pid % {c.group * columns} // tall * {c.n}")
+            self._grouped(w, c, "pid", columns)
         else:
             w.line(f"first = pid // {columns} * {c.m}")
             w.line(f"column = pid % {columns} * {c.n}")
@@ -96,7 +106,10 @@ class Matmul:
             w.line("xs = tl.minimum(rows, count - 1)")
             ws = "cols" if self.n % c.n == 0 else f"tl.minimum(cols, {self.n - 1})"
             wide = ".to(tl.int64)" if self.n * self.ldw >= 2**31 else ""
-            w.line(f"x = p{self.x} + xs[:, None] * {self.ldx} + ks[None, :]")
+            if self.x is not None:
+                w.line(f"x = p{self.x} + xs[:, None] * {self.ldx} + ks[None, :]")
+            else:
+                self._rows_first(w)
             w.line(f"y = p{self.packed} + {ws}[None, :]{wide} * {self.ldw} + ks[:, None]")
             w.line(f"acc = tl.zeros([{c.m}, {c.n}], tl.float32)")
             steps = -(-self.k // c.k)
@@ -111,16 +124,59 @@ class Matmul:
                     w.line(f"here = k + ks < {self.k}")
                     masks = [", mask=here[None, :], other=0", ", mask=here[:, None], other=0"]
                 precision = f', input_precision="{c.precision}"' if self.dtype is DType.F32 else ""
-                w.line(f"acc = tl.dot(tl.load(x + k{masks[0]}), tl.load(y + k{masks[1]}), acc{precision})")
+                left = f"tl.load(x + k{masks[0]})" if self.x is not None else self._gathered(w, "k + ks[None, :]")
+                w.line(f"acc = tl.dot({left}, tl.load(y + k{masks[1]}), acc{precision})")
             row = w.variable("rows[:, None]", self.max_rows, "(rows < count)[:, None]", True)
             parameters, args = self._parameters()
             if partial:
                 inside = "(rows < count)[:, None]" + (f" & (cols < {self.n})[None, :]" if self.n % c.n else "")
                 most = min(self.max_rows, c.most_rows)
                 w.line(f"tl.store(part + ((split * {most} + rows[:, None]) * {self.n} + cols[None, :]), acc, mask={inside})")
-                return w, [parameters[self.x], parameters[self.packed], ("dims", "*i32"), ("part", "*fp32")], [
-                    self.x, self.packed, "dims"]
+                used = [i for i in range(len(parameters)) if any(f"p{i} " in line for line in w.lines)]
+                return w, [*(parameters[i] for i in used), ("dims", "*i32"), ("part", "*fp32")], [
+                    *(args[i] for i in used), "dims"]
             self._epilogue(w, c, row)
+        return w, [*parameters, ("dims", "*i32")], [*args, "dims"]
+
+    def _rows_first(self, w: Writer) -> None:
+        """Name the rows to gather before the loop over k."""
+        row = w.variable("xs[:, None]", self.max_rows, "", True)
+        for node in self.body.nodes:
+            if node.op == "gather_rows":
+                Values(self.body, self.source.layouts, w).at(node.operands[1], [row])
+
+    def _gathered(self, w: Writer, column: str) -> str:
+        """A tile of x that the body computes."""
+        values = Values(self.body, self.source.layouts, w)
+        row = Index.of("xs[:, None]")
+        at = w.variable(f"({column})", self.k, "here[None, :]" if "here = " in w.lines[-1] else "", True)
+        narrow = f".to({TL_TYPES[self.dtype]})" if self.dtype is not DType.F32 else ""
+        return f"{values.at(self.x_value, [row, at])}{narrow}"
+
+    def _grouped(self, w: Writer, c: MatmulConfig, tile: str, columns: int) -> None:
+        """A tile's place: tiles that share weights and rows run at about the same time."""
+        w.line(f"group = {tile} // {c.group * columns} * {c.group}")
+        w.line(f"tall = tl.maximum(tl.minimum(blocks - group, {c.group}), 1)")
+        w.line(f"first = (group + {tile} % {c.group * columns} % tall) * {c.m}")
+        w.line(f"column = {tile} % {c.group * columns} // tall * {c.n}")
+
+    def _persistent(self, c: MatmulConfig) -> tuple[Writer, list[tuple[str, str]], list[object]]:
+        w = Writer()
+        columns = -(-self.n // c.n)
+        w.line("pid = tl.program_id(0)")
+        w.line(f"count = tl.load(dims + {self.dim})")
+        w.line(f"blocks = tl.cdiv(count, {c.m})")
+        w.line(f"x = tl.make_tensor_descriptor(p{self.x}, [count, {self.k}], [{self.ldx}, 1], [{c.m}, {c.k}])")
+        w.line(f"y = tl.make_tensor_descriptor(p{self.packed}, [{self.n}, {self.k}], [{self.ldw}, 1], [{c.n}, {c.k}])")
+        with w.block(f"for tile in tl.range(pid, blocks * {columns}, {c.persistent}, flatten=True):"):
+            self._grouped(w, c, "tile", columns)
+            w.line(f"acc = tl.zeros([{c.m}, {c.n}], tl.float32)")
+            with w.block(f"for k in range(0, {-(-self.k // c.k) * c.k}, {c.k}):"):
+                w.line("acc = tl.dot(x.load([first, k]), y.load([column, k]).T, acc)")
+            w.line(f"rows = first + tl.arange(0, {c.m})")
+            w.line(f"cols = column + tl.arange(0, {c.n})")
+            self._epilogue(w, c, w.variable("rows[:, None]", self.max_rows, "(rows < count)[:, None]", True))
+        parameters, args = self._parameters()
         return w, [*parameters, ("dims", "*i32")], [*args, "dims"]
 
     def _parameters(self) -> tuple[list[tuple[str, str]], list[object]]:

@@ -7,6 +7,8 @@ those of the row. A logit and its token's id are one 64-bit key that sorts as th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from inferloom.targets.base import OUTPUT, Logits, Scratch
 from inferloom.targets.triton.source import KernelText, next_power_of_2
 
@@ -17,7 +19,7 @@ AFTER = -1
 
 def kernels(logits: Logits) -> tuple[list[KernelText], int, int]:
     """The two kernels, bytes of scratch memory, and where in it the results are: see `Top` in the manifest."""
-    columns = 2048 if logits.vocab <= 2048 * 128 else 4096
+    columns = max(TOP, min(next_power_of_2(logits.vocab), 2048 if logits.vocab <= 2048 * 128 else 4096))
     blocks = -(-logits.vocab // columns)
     rows = logits.rows
     sizes = {"top_keys": rows * TOP * 8, "top_stats": rows * 8, "keys": rows * blocks * TOP * 8, "stats": rows * blocks * 8}
@@ -55,7 +57,7 @@ def kernels(logits: Logits) -> tuple[list[KernelText], int, int]:
         tl.store(top_stats + row * 2 + 1, tl.sum(sums * tl.exp(tops - top), 0))"""
     names = {"keys": "*i64", "stats": "*fp32", "top_keys": "*i64", "top_stats": "*fp32"}
 
-    def text(symbol: str, body: str, inputs: dict[str, tuple[str, object]], outputs: tuple[str, ...], mult: int,
+    def text(symbol: str, body: str, inputs: Mapping[str, tuple[str, object]], outputs: tuple[str, ...], mult: int,
              warps: int) -> KernelText:
         parameters = [(n, t) for n, (t, _) in inputs.items()] + [(n, names[n]) for n in outputs]
         args = [a for _, a in inputs.values()] + [Scratch(offsets[n]) for n in outputs]

@@ -180,7 +180,8 @@ class KernelText:
     def text(self) -> str:
         """The function as source."""
         head = f"def {self.symbol}({', '.join(n for n, _ in self.parameters)}):"
-        comment = [f"    # {k}: {v}" for k, v in self.notes.items()]
+        comment = [f"    # {', '.join(f'{n}: {t}' for n, t in self.parameters)}"]
+        comment += [f"    # {k}: {v}" for k, v in self.notes.items()]
         return "\n".join(["@triton.jit", head, *comment, *self.body]) + "\n"
 
 

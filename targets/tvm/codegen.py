@@ -26,7 +26,7 @@ class CpuTarget:
     tools = ("apache-tvm", "ziglang")
     # Rows a multiple of 4 KiB apart would all fall into the same sets of the L1 cache.
     lowering = Lowering(dtypes=("fp32", "bf16"), weight_tile=64, weight_pair={DType.F32: 1, DType.BF16: 2},
-                        weight_k_multiple=32, gate_columns=32, row_align=64, avoid=4096)
+                        weight_k_multiple=32, gate_columns=32, prologue=False, row_align=64, avoid=4096)
 
     def __init__(self, chip: CpuChip) -> None:
         self.chip = chip

@@ -137,7 +137,7 @@ class Compiled:
             operands = [None if v is None else self.read(v) for v in node.operands] if check else []
             for kernel in (k for k in self.picked.kernels if k.source == call.kernel):
                 launch(self.module, kernel, [self._argument(a, t, call.places) for a, (_, t) in
-                                             zip(kernel.args, kernel.parameters, strict=True)], grid, rng)
+                                             zip(kernel.args, kernel.parameters)], grid, rng)
             if check:
                 want = ops.run_reference("kernel", operands, node.attrs)
                 # Attention rounds its weights to what the state is stored in.

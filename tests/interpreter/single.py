@@ -53,7 +53,7 @@ class Kernels(Bodies):
                            else data.reshape(-1).view(np.uint8), 0, type)
 
         for kernel in (k for k in self.picked.kernels if self.sources[k.source].symbol == name):
-            args = [argument(a, t) for a, (_, t) in zip(kernel.args, kernel.parameters, strict=True)]
+            args = [argument(a, t) for a, (_, t) in zip(kernel.args, kernel.parameters)]
             launch(self.module, kernel, args, grid, rng if shuffle is not None else None)
         return [read(v, m) for v, m in zip(made.outputs, memory[len(made.inputs):], strict=True)
                 if not isinstance(v.type, StateType)]

@@ -54,7 +54,20 @@ def softcap(b: Builder) -> Sequence[Value]:
     return [b.emit("mul", b.emit("tanh", y), b.scalar(3.0))]
 
 
+def gathered(n: int, k: int, dtype: DType) -> Body:
+    """Logits of the wanted rows, which the kernel finds itself."""
+
+    def body(b: Builder) -> Sequence[Value]:
+        x, wanted = b.input("h", tensor(TOKENS, k)), b.input("wanted", tensor(ROWS, dtype=DType.I32))
+        rows = b.emit("cast", b.emit("gather_rows", x, wanted), dtype=dtype)
+        packed = b.input("packed", tensor(n, -(-k // 16) * 16, 1, 1, dtype=dtype))
+        return [b.emit("packed_linear", rows, packed, n=n, k=k)]
+
+    return body
+
+
 BODIES: dict[str, Body] = {
+    "gathered": gathered(131, 300, DType.BF16), "gathered_f32": gathered(40, 64, DType.F32),
     "f32": plain(128, 64, DType.F32), "f16": plain(96, 64, DType.F16, True), "bf16": plain(128, 64, DType.BF16),
     "ragged": plain(70, 40, DType.F32, True), "ragged_bf16": plain(130, 42, DType.BF16, True),
     "one_column": plain(1, 7, DType.F32), "deep": plain(48, 2100, DType.BF16, True), "gated": gated(96, 64, DType.F32),
@@ -70,10 +83,10 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 @pytest.mark.parametrize("name", BODIES)
 def test_matches_reference_for_every_range_of_rows(kernels: Kernels, name: str) -> None:
-    dim = "rows" if name == "softcap" else "tokens"
+    dim = "tokens" if name not in ("softcap", "gathered", "gathered_f32") else "rows"
     for count in (3, 16) if dim == "rows" else (1, 16, 17, 64, 100, 300):
-        inputs = random_inputs(kernels.graphs[name], {dim: count}, count)
-        kernels.check(name, inputs, {dim: count})
+        counts = {"tokens": 20, dim: count}
+        kernels.check(name, random_inputs(kernels.graphs[name], counts, count, high=20), counts)
 
 
 def test_long_sums_are_split(kernels: Kernels) -> None:

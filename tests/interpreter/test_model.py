@@ -24,7 +24,7 @@ def lowered(dtype: str, **shape: Any) -> Graph:
     wanted = target().lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
     graph = tiny_llama(gate_columns=wanted.gate_columns, max_tokens=96, **shape)
-    return lower(graph, Options(DTYPES[dtype], packing, wanted.gate_columns, BLOCK, 96, 4, 4), Report())
+    return lower(graph, Options(DTYPES[dtype], packing, wanted.gate_columns, wanted.prologue, BLOCK, 96, 4, 4), Report())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,7 +36,7 @@ def test_architecture(name: str, tmp_path: Path) -> None:
     wanted = target().lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
     for dtype, tolerance in TOLERANCE.items():
-        graph = lower(before, Options(dtype, packing, wanted.gate_columns, BLOCK, 64, 4, 4), Report())
+        graph = lower(before, Options(dtype, packing, wanted.gate_columns, wanted.prologue, BLOCK, 64, 4, 4), Report())
         compiled = Compiled(graph, params, tmp_path)
         whole = compiled.run(paged_inputs(graph, ids, 0, None, BLOCK, rows), check=True)
         assert np.abs(whole - want).max() <= tolerance * want.std()

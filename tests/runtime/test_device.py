@@ -77,7 +77,7 @@ def test_q_tiles():
     assert tiles.tolist() == [[0, 0, 1], [1, 1, 16], [2, 17, 16], [2, 33, 1], [3, 34, 16], [3, 50, 16]]
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch)])
+@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch) if f.name != "sharpness"])
 def test_arrays_must_be_plain_int32(device, name):
     good = getattr(batch(), name)
     for bad in (good.astype(np.int64), good[..., None], good.tolist()):
@@ -85,6 +85,12 @@ def test_arrays_must_be_plain_int32(device, name):
             device.step(replace(batch(), **{name: bad}))
     with pytest.raises(RequestError, match="C-contiguous"):
         device.step(replace(batch(), **{name: np.repeat(good, 2, axis=-1)[..., ::2]}))
+
+
+def test_sharpness_belongs_to_rows(device):
+    for bad in (np.ones(2), np.ones(9, np.float32)):
+        with pytest.raises(RequestError, match="one number for each row"):
+            device.step(replace(batch(), sharpness=bad))
 
 
 @pytest.mark.parametrize("changes, message", [

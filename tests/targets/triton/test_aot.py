@@ -42,7 +42,7 @@ def selected(graph: Graph, dtype: DType, tokens: int = 64) -> Selection:
     """The kernels of a model-level graph as the GPU target gets them."""
     wanted = TritonTarget.lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
-    lowered = lower(graph, Options(dtype, packing, wanted.gate_columns, 32, tokens, 8, 64), Report())
+    lowered = lower(graph, Options(dtype, packing, wanted.gate_columns, wanted.prologue, 32, tokens, 8, 64), Report())
     return select_kernels(plan_memory(lowered, Rows(wanted.row_align, wanted.avoid)))
 
 

@@ -50,10 +50,11 @@ def test_cross_compiles(chip: str) -> None:
     from inferloom.compiler.kernels import select_kernels
     from inferloom.compiler.plan import Rows, plan_memory
     from inferloom.targets.base import Logits
-from inferloom.targets.chips import find
+    from inferloom.targets.chips import find
     from inferloom.targets.tvm.codegen import CpuTarget
 
     graph = lowered(tiny_llama(layers=1), DType.BF16)
-    module = CpuTarget(find(chip)).compile_kernels(select_kernels(plan_memory(graph, Rows(64, 4096))).sources, Logits(1, 1, 1), print)
+    sources = select_kernels(plan_memory(graph, Rows(64, 4096))).sources
+    module = CpuTarget(find(chip)).compile_kernels(sources, Logits(1, 1, 1), print)
     machine = int.from_bytes(module.files["kernels/kernels.so"][18:20], "little")
     assert module.files["kernels/kernels.so"][:4] == b"\x7fELF" and machine == {"aarch64": 183, "riscv64": 243}[chip]

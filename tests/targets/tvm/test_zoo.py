@@ -32,7 +32,7 @@ def test_architecture(name: str) -> None:
     rows = np.array([0, 9, 22], np.int32)
     (want,) = interpret(before, {"tokens": ids, "positions": np.arange(23, dtype=np.int32), "logit_rows": rows}, params)
     for dtype, tolerance in ((DType.F32, 1e-4), (DType.BF16, 0.2)):
-        graph = lower(before, Options(dtype, PACKING, 32, BLOCK, 64, 4, 4), Report())
+        graph = lower(before, Options(dtype, PACKING, 32, False, BLOCK, 64, 4, 4), Report())
         compiled = Compiled(graph, params)
         whole = compiled.run(paged_inputs(graph, ids, 0, None, BLOCK, rows), check=True).copy()
         assert np.abs(whole - want).max() <= tolerance * want.std()

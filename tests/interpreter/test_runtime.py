@@ -1,0 +1,80 @@
+"""The whole product without a GPU: an artifact with real code objects, the launcher, the engine; where the mocked
+driver is told to launch a kernel, its source runs in the interpreter on the memory that the launcher passed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import inferloom
+from inferloom.runtime.device.gpu import GpuDevice
+from inferloom.runtime.llm import LLM
+from inferloom.runtime.params import SamplingParams
+from tests.interpreter.harness import TORCH, load_module
+from tests.runtime.toy_gpu import Mock, mock
+
+CHIPS = {"cuda": "h100", "hip": "mi300x"}
+PROMPTS = [[5, 9, 17, 30, 31, 32, 90], [7], list(range(40, 75))]
+
+
+class Address:
+    """A kernel's argument that is an address of the mocked device."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def interpreted(source: str, folder: Path) -> dict[str, Callable[..., None]]:
+    """The kernels of an artifact as functions of a grid and addresses."""
+    from triton.runtime import interpreter
+
+    # Addresses need no copies to the host and back: they are the host's.
+    interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), kwargs)
+    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
+    module = load_module(source, folder)
+    made = {}
+    for name, comment in re.findall(r"\ndef (\w+)\([^)]*\):\n    # (.*)\n", source):
+        types = [TORCH[part.split(": ")[1]] for part in comment.split(", ") if ": *" in part]
+        if types:
+            made[name] = _function(getattr(module, name), types)
+    return made
+
+
+def _function(kernel: object, types: list[torch.dtype]) -> Callable[..., None]:
+    def run(grid: int, *params: int) -> None:
+        with np.errstate(all="ignore"):
+            kernel[(grid,)](*(Address(p, t) for p, t in zip(params, types)))  # type: ignore[index]
+
+    return run
+
+
+@pytest.fixture(params=CHIPS)
+def driver(request: pytest.FixtureRequest) -> Mock:
+    return mock(request.param)
+
+
+def test_same_tokens_as_the_cpu(driver: Mock, tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path) -> None:
+    artifact = inferloom.compile(tiny_checkpoint, chip=CHIPS[driver.driver], dtype="fp32", out=tmp_path / "gpu",
+                                 max_tokens=64, max_seqs=8)
+    kernels = interpreted((artifact / "kernels" / "kernels.py").read_text(), tmp_path)
+    driver.run(kernels)
+    params = [SamplingParams(temperature=0, max_tokens=5), SamplingParams(top_k=20, temperature=0.8, seed=3, max_tokens=4),
+              SamplingParams(top_p=0.5, temperature=0.3, seed=4, max_tokens=4)]
+    with LLM(artifact) as gpu, LLM(tiny_artifact, threads=1) as cpu:
+        assert isinstance(gpu.device, GpuDevice)
+        got, want = (llm.generate(PROMPTS, params) for llm in (gpu, cpu))
+        assert not driver.errors, driver.errors
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+        logits = gpu.logits(PROMPTS[2][:9]), cpu.logits(PROMPTS[2][:9])
+        assert np.abs(logits[0] - logits[1]).max() <= 1e-4 * logits[1].std()
+    launched = {launch.name for launch in driver.log}
+    assert launched <= set(kernels)
+    assert {n for n in kernels if n.endswith(("_split", "_join"))} <= launched and "sample_rows" in launched
