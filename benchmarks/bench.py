@@ -71,6 +71,9 @@ class _Bench:
         from inferloom.runtime.llm import LLM
         from inferloom.runtime.params import SamplingParams
 
+        chip = self.manifest["chip"]
+        if chip["driver"] != "none":
+            raise InferloomError(f"bench measures CPUs, and the artifact is for {chip['name']}: see docs/gpu-benchmarks.md")
         limit = self.manifest["model"]["max_model_len"]
         if limit < PROMPT + NEW:
             raise InferloomError(f"bench needs {PROMPT + NEW} tokens of context; the artifact was compiled for {limit}")

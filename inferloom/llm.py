@@ -17,7 +17,7 @@ class LLM(_LLM):
 
     A checkpoint is compiled on first use into the cache (for `chip`, in `dtype`, for at most `max_model_len`
     tokens), which needs the `compile` extra; `progress` then gets a line of text for each stage. All other options
-    are the runtime's: `memory_bytes`, `threads`, `max_num_seqs`, `max_num_batched_tokens`,
+    are the runtime's: `memory_bytes`, `threads`, `gpu`, `max_num_seqs`, `max_num_batched_tokens`,
     `enable_prefix_caching`, `seed`.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from ctypes.util import find_library
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def survey() -> dict[str, Any]:
     return {
         "inferloom": __version__, "python": platform.python_version(), "executable": sys.executable,
         "platform": platform.platform(), "libc": " ".join(platform.libc_ver()), "cpu": cpu,
-        "chip": _host_chip(), "memory": memory, "packages": packages,
+        "chip": _host_chip(), "gpu_drivers": _gpu_drivers(), "memory": memory, "packages": packages,
         "cache": {"path": str(cache), "bytes": size_on_disk(cache), "free": free_bytes(cache)},
         "problems": problems, "notes": notes,
     }
@@ -66,6 +67,7 @@ def _show(facts: dict[str, Any]) -> None:
     out.print(f"system   {facts['platform']}")
     out.print(f"cpu      {cpu['model']}, {cpu['usable']} of {cpu['cores']} cores; {' '.join(cpu['features'])}")
     out.print(f"chip     {facts['chip'] or 'none that is known'}")
+    out.print(f"gpu      {', '.join(facts['gpu_drivers']) or 'no driver of NVIDIA or AMD'}")
     out.print(f"memory   {human_bytes(memory['available'])} available of {human_bytes(memory['total'])}")
     out.print(f"cache    {cache['path']}: {human_bytes(cache['bytes'])}, {human_bytes(cache['free'])} free on disk")
     rows = table("Packages", "role", "installed", "missing")
@@ -118,6 +120,11 @@ def _meminfo() -> dict[str, int]:
     except (OSError, ValueError):
         pass
     return {"total": total, "available": available}
+
+
+def _gpu_drivers() -> list[str]:
+    """GPU drivers that the system's linker knows, by the names that chips have for them."""
+    return [driver for driver, library in (("cuda", "cuda"), ("hip", "amdhip64")) if find_library(library)]
 
 
 def _host_chip() -> str | None:

@@ -40,6 +40,7 @@ def run(
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
+    gpu: options.Gpu = 0,
     memory: options.Memory = None,
     json_: options.Json = False,
 ) -> None:
@@ -51,7 +52,7 @@ def run(
     params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
                               "min_p": min_p, "seed": seed, "n": n, "stop": tuple(stop or ()), "logprobs": logprobs}
     start = time.perf_counter()
-    arguments = _arguments(chip, dtype, max_model_len, threads, memory)
+    arguments = _arguments(chip, dtype, max_model_len, threads, gpu, memory)
     from inferloom.llm import LLM, SamplingParams
 
     wanted = SamplingParams(**params)
@@ -110,6 +111,7 @@ def chat(
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
+    gpu: options.Gpu = 0,
     memory: options.Memory = None,
 ) -> None:
     """Talk with a model that has a chat template: /reset starts again, /exit (or end of input) leaves."""
@@ -119,7 +121,7 @@ def chat(
 
     wanted = SamplingParams(**params)
     with progress(f"loading {model}") as report:
-        llm = LLM(model, progress=report, **_arguments(chip, dtype, max_model_len, threads, memory))
+        llm = LLM(model, progress=report, **_arguments(chip, dtype, max_model_len, threads, gpu, memory))
     with llm:
         if llm.chat_template is None:
             raise UsageError(f"{model} has no chat template; use `inferloom run`")
@@ -145,10 +147,11 @@ def _ask() -> str | None:
     return line.rstrip("\n") if line else None
 
 
-def _arguments(chip: str, dtype: str, max_model_len: int | None, threads: int | None,
+def _arguments(chip: str, dtype: str, max_model_len: int | None, threads: int | None, gpu: int,
                memory: str | None) -> dict[str, Any]:
     checked = options.compile_options(chip, dtype, max_model_len)
-    made: dict[str, Any] = {"chip": checked.chip, "dtype": checked.dtype, "max_model_len": checked.max_model_len}
+    made: dict[str, Any] = {"chip": checked.chip, "dtype": checked.dtype, "max_model_len": checked.max_model_len,
+                            "gpu": gpu}
     if threads is not None:
         made["threads"] = threads
     if memory is not None:

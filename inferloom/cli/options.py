@@ -36,6 +36,7 @@ MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_
                                                  help="Longest sequence; the model's own limit if not given.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False,
                                              help="Threads; all cores if not given.")]
+Gpu = Annotated[int, typer.Option("--gpu", min=0, help="Number of the GPU, for artifacts of one.")]
 Memory = Annotated[str | None, typer.Option("--memory", show_default=False, metavar="BYTES",
                                             help="Memory budget, e.g. 4GiB; part of what is free if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]

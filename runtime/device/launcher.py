@@ -78,12 +78,13 @@ class Launcher(Library):
     def __init__(self, code: bytes, where: str, driver: str, ordinal: int) -> None:
         super().__init__(code, where)
         self._gpu = c_void_p()
+        self._images: list[bytes] = []
         try:
             self._call("open", driver.encode(), ordinal, ctypes.byref(self._gpu), gpu=False)
         except BaseException:
             self._unload()
             raise
-        weakref.finalize(self, _close, self._lib, self._gpu, self._fd)
+        weakref.finalize(self, _close, self._lib, self._gpu, self._fd, self._images)
 
     def _declare(self) -> None:
         self._check_abi("il_gpu_abi", ABI)
@@ -106,6 +107,7 @@ class Launcher(Library):
 
     def module(self, image: bytes) -> c_void_p:
         """Load a cubin or code object."""
+        self._images.append(image)  # HIP reads it as long as the module lives
         module = c_void_p()
         self._call("module", image, ctypes.byref(module))
         return module
@@ -183,8 +185,9 @@ def _unpin(launcher: Launcher, address: int) -> None:
     launcher._lib.il_gpu_unpin(launcher._gpu, address)  # there is nothing to be done about a failure
 
 
-def _close(library: ctypes.CDLL, gpu: c_void_p, fd: int) -> None:
+def _close(library: ctypes.CDLL, gpu: c_void_p, fd: int, images: list[bytes]) -> None:
     library.il_gpu_close(gpu)
+    images.clear()
     unload(library, fd)
 
 

@@ -127,8 +127,8 @@ class Compiler:
         path.write_text(module_text(kernels))
         made: list[Binary | Exception | None] = [None] * len(kernels)
         jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
-        # The largest first, so that no worker is left with one at the end.
-        for i in sorted(range(len(kernels)), key=lambda i: -len(kernels[i].body)):
+        # What takes long first (sorting does), so that no worker is left with it at the end.
+        for i in sorted(range(len(kernels)), key=lambda i: (kernels[i].kind != "sampling", -len(kernels[i].body))):
             jobs.put(i)
 
         def drain() -> None:

@@ -135,7 +135,7 @@ def prefill(chip: GpuChip, dtype: DType, k_dim: int, v_dim: int) -> list[Attenti
 
 def decode(chip: GpuChip, dtype: DType, rows: int, kv_heads: int, k_dim: int, v_dim: int) -> list[AttentionConfig]:
     """Configurations of split decode attention; enough splits that few sequences fill the chip."""
-    splits = min(max(next_power_of_2(ceil(2 * chip.units / kv_heads)), 4), 64)
+    splits = min(max(next_power_of_2(ceil(chip.units / kv_heads)), 4), 64)
     m = max(16, next_power_of_2(rows))
     extra: tuple[tuple[str, int], ...] = (("waves_per_eu", 1),) if chip.matrix == "mfma" else ()
     if dtype is DType.F32:

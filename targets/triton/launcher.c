@@ -271,7 +271,7 @@ int il_gpu_info(void *gpu, char name[256], uint64_t *free_bytes, uint64_t *total
   return 0;
 }
 
-// `image` may go afterwards; the module lives as long as the GPU is open.
+// The module lives as long as the GPU is open, and so must `image`, which HIP does not copy.
 int il_gpu_module(void *gpu, const void *image, void **module) {
   ENTER(gpu);
   if (g->count == g->capacity) {

@@ -2,7 +2,10 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.device.base import StepBatch
 from inferloom.runtime.device.gpu import GpuDevice
-from inferloom.runtime.device.launcher import GpuError
+from inferloom.runtime.device.launcher import GpuError, Launch, Launcher
 from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.manifest import Dims, inputs_layout
 from inferloom.runtime.top import TopRows
@@ -168,6 +171,13 @@ def test_steps_that_no_graph_can_do(device):
     assert not device._recorded
 
 
+def test_no_graphs_where_decoding_is_cut_into_tiles_too(tmp_path, mock):
+    changes = {"tiles": {"prefill": 16, "decode": 0}}
+    with GpuDevice(write_toy(tmp_path / "toy", mock.driver, changes=changes), num_blocks=BLOCKS) as device:
+        np.testing.assert_array_equal(device.step(decode(3)), expected([(3, 3), (2, 2), (1, 1)], 3, 0))
+        assert not device._recorded
+
+
 def test_many_steps_in_another_thread(device):
     results: list[np.ndarray] = []
 
@@ -182,6 +192,38 @@ def test_many_steps_in_another_thread(device):
     for i in range(20):
         np.testing.assert_array_equal(results[2 * i], decoded(decode(1 + i % SEQS)))
         np.testing.assert_array_equal(results[2 * i + 1], expected([(1, 20), (3, 3), (4, 6)], 20, 3))
+
+
+def test_every_function_works_in_any_thread(artifact, mock):
+    source = artifact.read("kernels/clear" + mock.name(".cubin", ".hsaco"))
+    gpu = Launcher(toy_gpu.launcher(), "launcher", mock.driver, 0)
+
+    def alone(work: Callable[..., Any], *args: Any) -> Any:
+        """In a thread that has done nothing before."""
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work, *args).result()
+
+    assert alone(gpu.info).capability == (9, 0)
+    function = alone(gpu.function, alone(gpu.module, source), "clear", 0)
+    a, b, memory = alone(gpu.alloc, 64), alone(gpu.alloc, 64), alone(gpu.pinned, 64)
+    memory[:] = 7
+    alone(gpu.upload, a, memory.ctypes.data, 64)
+    alone(gpu.copy, b, a, 64)
+    alone(gpu.zero, a, 64)
+    launches = (Launch * 1)(Launch(function=function, nargs=1, dim=-1, tile=1, mult=1, threads=32))
+    launches[0].args[0] = b + 8
+    dims = [1, 1, 1, 0, 1]
+    alone(gpu.step, launches, dims)
+    alone(gpu.download, memory.ctypes.data, b, 64)
+    alone(gpu.sync)
+    assert memory.tolist() == [7] * 8 + [0] * 8 + [7] * 48
+    graph = alone(gpu.capture, launches, dims)
+    alone(gpu.replay, graph)
+    assert alone(gpu.time, launches, dims) == [1000.0]
+    alone(gpu.drop, graph)
+    assert [c.name for c in mock.log] == ["clear"] * 3
+    alone(gpu.free, a)
+    alone(gpu.free, b)
 
 
 def test_profile_times_each_call(device, mock):
@@ -339,9 +381,14 @@ def test_everything_is_given_back(artifact, mock):
 
 
 def test_launch_errors_say_which(device, mock):
-    mock.fail(mock.name("cuLaunchKernel", "hipModuleLaunchKernel"), 1)
-    with pytest.raises(ArtifactError, match=r"error 1, invalid argument \(launch 0: 6 blocks of 128 threads, 0 bytes"):
-        device.step(mixed())
+    sync = mock.name("cuStreamSynchronize", "hipStreamSynchronize")
+    for batch in (mixed(), decode(5)):  # enqueued and recorded
+        before = mock.calls(sync)
+        mock.fail(mock.name("cuLaunchKernel", "hipModuleLaunchKernel"), 1)
+        with pytest.raises(GpuError, match=r"error 1, invalid argument \(launch 0: \d blocks of 128 threads, 0 bytes"):
+            device.step(batch)
+        assert mock.calls(sync) == before + 1  # nobody reads the inputs any more
+    np.testing.assert_array_equal(device.step(decode(5)), decoded(decode(5)))
 
 
 def test_a_lost_gpu_can_be_closed(artifact, mock):
@@ -435,7 +482,7 @@ def test_damaged_files_are_refused_before_anything_runs(tmp_path, artifact, mock
 def test_weights_in_many_pieces(tmp_path, artifact, mock, monkeypatch):
     from inferloom.runtime.device import gpu
 
-    monkeypatch.setattr(gpu, "CHUNK", 50)  # the header of 128 bytes and the data end within pieces
+    monkeypatch.setattr(gpu, "CHUNK", 20)  # the header of 128 bytes and the data end within pieces
     with GpuDevice(artifact, num_blocks=BLOCKS) as device:
         np.testing.assert_array_equal(device.step(mixed()), expected([(1, 20), (3, 3), (4, 6)], 20, 3))
     toy = write_toy(tmp_path / "toy", mock.driver)
@@ -525,8 +572,6 @@ def test_parameters_of_real_kernels(tmp_path, monkeypatch, arch):
            "chip": {"driver": driver, "arch": arch, "warp": 32 if driver == "cuda" else 64}}
     image = base64.b64decode(compile_job(job)["data"])
     mock = toy_gpu.mock(driver)
-    from inferloom.runtime.device.launcher import Launcher
-
     gpu = Launcher(toy_gpu.launcher(), "launcher", driver, 0)
     assert gpu.function(gpu.module(image), "add", 0)
     assert mock.parameters("add") == [8] * 5

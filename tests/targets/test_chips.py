@@ -67,3 +67,14 @@ CPUS = [name for name, chip in chips.chips().items() if isinstance(chip, chips.C
 def test_llvm_knows_it(name: str) -> None:
     tvm = pytest.importorskip("tvm")
     assert tvm.target.Target(chips.find(name).tvm_target).kind.name == "llvm"
+
+
+def test_gpus() -> None:
+    gpus = {name: chip for name, chip in chips.chips().items() if isinstance(chip, chips.GpuChip)}
+    arches = {"a100": "sm_80", "rtx4090": "sm_89", "h100": "sm_90", "h200": "sm_90", "b200": "sm_100", "mi250x": "gfx90a",
+              "mi300x": "gfx942", "mi355x": "gfx950", "rx7900xtx": "gfx1100"}
+    assert {name: chip.arch for name, chip in gpus.items()} == arches
+    for chip in gpus.values():
+        assert (chip.driver == "cuda") == chip.arch.startswith("sm_") and chip.capability in (0, 80, 89, 90, 100)
+        assert chip.warp == (64 if chip.matrix == "mfma" else 32) and chip.units > 60 and chip.shared >= 65_536
+    assert chips.host().name not in gpus

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,9 @@ from inferloom.compiler.report import Report
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph
 from inferloom.ir.types import DType
+from inferloom.targets.base import Logits
 from inferloom.targets.chips import GpuChip, chips, find
+from inferloom.targets.triton import configs
 from inferloom.targets.triton.aot import Binary, Compiler, violations
 from inferloom.targets.triton.codegen import TritonTarget
 from inferloom.targets.triton.source import KernelText
@@ -25,10 +30,14 @@ from tests.compiler.graphs import tiny_llama
 from tests.models.test_architectures import REQUIRED
 
 GPUS = [name for name, chip in chips().items() if isinstance(chip, GpuChip)]
-SHAPES = {
-    "llama-3.2-1b": {"hidden": 2048, "heads": 32, "kv_heads": 8, "dim": 64, "inter": 8192, "vocab": 128256},
-    "llama-3.1-8b": {"hidden": 4096, "heads": 32, "kv_heads": 8, "dim": 128, "inter": 14336, "vocab": 128256},
-    "qwen3-8b": {"hidden": 4096, "heads": 32, "kv_heads": 8, "dim": 128, "inter": 12288, "vocab": 151936},
+#: Models as they are, less their weights: configuration class, and its arguments.
+_LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3.2-1b": ("llama", _LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                                        "head_dim": 64, "tie_word_embeddings": True}),
+    "llama-3.1-8b": ("llama", _LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "qwen3-8b": ("qwen3", _LLAMA | {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+                                    "num_hidden_layers": 36, "head_dim": 128}),
 }
 
 
@@ -108,6 +117,31 @@ def test_what_does_not_fit_is_made_smaller_or_refused(tiny: Selection) -> None:
     assert any("trying smaller tiles" in line for line in said)
 
 
+def test_measured_configurations_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = {"m": 64, "n": 64, "k": 32, "warps": 4, "stages": 3, "splits": 1}
+    entry = {"op": "matmul", "dtype": "bf16", "n": 4096, "k": 4096, "rows": 256, "config": config | {"note": 1}, "us": 9.5}
+    (tmp_path / "h100.json").write_text(json.dumps({"entries": [entry]}))
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    configs._tuned.cache_clear()
+    try:
+        first, *_ = configs.matmul(gpu("h100"), DType.BF16, 4096, 4096, 65, 256)
+        other, *_ = configs.matmul(gpu("h100"), DType.BF16, 4096, 2048, 65, 256)
+    finally:
+        configs._tuned.cache_clear()
+    assert first == configs.MatmulConfig(**config) != other
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("n,k", [(1, 7), (131, 64), (896, 4864), (4096, 4096), (256_000, 8192)])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_configurations_fit_shared_memory(name: str, n: int, k: int, dtype: DType) -> None:
+    for least, most in configs.ROW_RANGES:
+        found = configs.matmul(gpu(name), dtype, n, k, least, most)
+        assert found and all(c.shared(dtype.itemsize) <= gpu(name).shared and c.m >= 16 and c.n >= 16 for c in found)
+        # Partial sums have room for every row, and no split is without work.
+        assert all(c.splits == 1 or (most <= c.most_rows and c.splits * c.k <= k) for c in found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GPUS)
 def test_every_architecture_compiles(name: str) -> None:
@@ -123,15 +157,27 @@ def test_every_architecture_compiles(name: str) -> None:
                 assert not violations(binaries[kernel.symbol], kernel, gpu(name)), architecture
 
 
+@cache
+def real(shape: str) -> Selection:
+    """The kernels of a real model, whatever its depth."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from inferloom.compiler.frontends.huggingface import trace_config
+
+    kind, arguments = SHAPES[shape]
+    traced, _ = trace_config(CONFIG_MAPPING[kind](**arguments))
+    return selected(traced.imported.graph, DType.BF16, 2048)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", GPUS)
 def test_real_shapes_fit(name: str, shape: str) -> None:
     """No spills, limits kept, matrix instructions there; the time is printed."""
-    sources = selected(model(layers=2, max_tokens=2048, **SHAPES[shape]), DType.BF16, 2048).sources
+    sources, logits = real(shape).sources, Logits(64, 128256, 128256)
     begin = time.perf_counter()
     with Compiler(gpu(name)) as compiler:
-        picked, binaries = TritonTarget(gpu(name)).fit(sources, compiler, print)
+        picked, binaries = TritonTarget(gpu(name)).fit(sources, compiler, print, logits)
     print(f"{shape} for {name}: {len(picked.kernels)} kernels in {time.perf_counter() - begin:.1f} s")
     assert len(picked.kernels) <= 40
     for kernel in picked.kernels:
