@@ -29,7 +29,7 @@ def run(logits: np.ndarray, ld: int, sharpness: np.ndarray, folder: Path) -> Top
                 for a, (_, t) in zip(kernel.args, kernel.parameters, strict=True)]
         launch(module, kernel, args, [0, 0, rows + 1, 0, 0], np.random.default_rng(1))
     keys = scratch[:rows * sampling.TOP * 8].view(np.int64).reshape(rows, -1)
-    return TopRows(keys, scratch[stats:stats + rows * 8].view(np.float32).reshape(rows, 2), lambda row: logits[row])
+    return TopRows(keys, scratch[stats:stats + rows * 8].view(np.float32).reshape(rows, 2), lambda begin, end: logits[begin:end])
 
 
 @pytest.mark.parametrize("vocab", [64, 300, 5000])
