@@ -16,6 +16,7 @@ from inferloom.cache import resolve, size_on_disk
 from inferloom.cli import options
 from inferloom.cli.console import emit, err, human_bytes, out, progress, set_json, table
 from inferloom.errors import UsageError
+from inferloom.runtime.manifest import DIMS
 
 ITEMSIZE = {"f32": 4, "fp32": 4, "bf16": 2, "f16": 2, "i8": 1, "u8": 1}
 
@@ -136,10 +137,10 @@ def _show_contract(manifest: dict[str, Any], made: dict[str, Any]) -> None:
 
 
 def _grid(grid: dict[str, int]) -> str:
-    per = ("tokens", "seqs", "rows", "query tiles")
     if grid["dim"] < 0:
         return str(grid["mult"])
-    head = per[grid["dim"]] if grid["tile"] == 1 else f"{per[grid['dim']]}/{grid['tile']}"
+    per = DIMS[grid["dim"]]
+    head = per if grid["tile"] == 1 else f"{per}/{grid['tile']}"
     return head if grid["mult"] == 1 else f"{head} x {grid['mult']}"
 
 

@@ -18,7 +18,7 @@ from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import KernelSource, Scratch
 from inferloom.targets.triton.configs import AttentionConfig
 from inferloom.targets.triton.source import KernelText, Writer, next_power_of_2
-from inferloom.targets.triton.values import TL_TYPES, parameter_type, repr_float
+from inferloom.targets.triton.values import TL_TYPES, parameter_type, repr_float, wide_parameters
 
 LOG2E = 1.4426950408889634
 #: Stands for minus infinity, so that a row which has seen no key yet makes no NaN.
@@ -113,7 +113,7 @@ class Attention:
                     self._finish(w)
                 with w.block("else:"):
                     w.line(f"cell = ((tile * {self.heads.kv} + kv_head) * {config.splits} + split) * {rows} + r")
-                    w.line(f"tl.store(part + cell[:, None] * {self.heads.v_dim} + dv[None, :], acc, "
+                    w.line(f"tl.store(part + cell[:, None].to(tl.int64) * {self.heads.v_dim} + dv[None, :], acc, "
                            f"mask={self._masked('valid[:, None]')})")
                     w.line("tl.store(tops + cell, top, mask=valid)")
                     w.line("tl.store(sums + cell, total, mask=valid)")
@@ -145,7 +145,7 @@ class Attention:
                 w.line("total = tl.load(sums + cell, mask=s < parts, other=0)")
                 w.line("weight = tl.exp2(top - tl.max(top, 0))")
                 column = f" & (dv < {self.heads.v_dim})[None, :]" if self.dv != self.heads.v_dim else ""
-                w.line(f"o = tl.load(part + cell[:, None] * {self.heads.v_dim} + dv[None, :], "
+                w.line(f"o = tl.load(part + cell[:, None].to(tl.int64) * {self.heads.v_dim} + dv[None, :], "
                        f"mask=(s < parts)[:, None]{column}, other=0)")
                 w.line("y = tl.sum(o * weight[:, None], 0) / tl.sum(total * weight, 0)")
                 w.line(f"out = (first + one // {self.heads.group}) * {self.ldo} "
@@ -176,8 +176,12 @@ class Attention:
         options = {"num_warps": config.warps, "num_stages": config.stages, **dict(config.extra)}
         notes = {"rows": f"{rows}: tokens x {self.heads.group} heads", "keys": config.n}
         return KernelText(self.source.symbol + suffix, "attention", self.number, tuple(w.lines), tuple(parameters),
-                          (*args, tiles, "dims", *scratch), grid, options, wide=frozenset({f"p{self.inputs[1]}"}),
+                          (*args, tiles, "dims", *scratch), grid, options, wide=self._wide(scratch),
                           notes=notes, expects_matrix=matrix)
+
+    def _wide(self, scratch: list[Scratch]) -> frozenset[str]:
+        made = wide_parameters([*self.body.inputs, *self.body.outputs], self.source.layouts)
+        return made | {"part"} if scratch and scratch[1].offset >= 2**31 else made
 
     # -- parts of their bodies
 

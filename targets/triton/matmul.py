@@ -18,7 +18,7 @@ from inferloom.targets.chips import GpuChip
 from inferloom.targets.triton.aot import DESCRIPTORS
 from inferloom.targets.triton.configs import MatmulConfig
 from inferloom.targets.triton.source import Index, KernelText, Writer
-from inferloom.targets.triton.values import TL_TYPES, Values, dims_of, parameter_type, row_dim
+from inferloom.targets.triton.values import TL_TYPES, Values, dims_of, parameter_type, row_dim, wide_parameters
 
 
 class Matmul:
@@ -80,7 +80,8 @@ class Matmul:
               grid: tuple[int, int, int], options: dict[str, int], least: int, most: int, notes: dict[str, object],
               matrix: bool) -> KernelText:
         return KernelText(f"{self.source.symbol}{suffix}", "matmul", self.number, tuple(w.lines), tuple(parameters),
-                          tuple(args), grid, options, least, most, notes=notes, expects_matrix=matrix)
+                          tuple(args), grid, options, least, most,
+                          wide_parameters([*self.body.inputs, *self.body.outputs], self.source.layouts), notes, matrix)
 
     # -- the product
 

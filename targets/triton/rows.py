@@ -25,6 +25,7 @@ from inferloom.targets.triton.values import (
     dims_of,
     parameter_type,
     row_dim,
+    wide_parameters,
 )
 
 PIECE = 1024
@@ -90,7 +91,8 @@ class _RowKernel:
                 begin += branch.shape.outer
         widest = max(b.shape.inner for b in self.branches)
         warps = 1 if widest <= 256 else 4 if widest <= 2048 else 8 if widest <= 8192 else 16
-        wide = frozenset(f"p{i}" for i, v in enumerate(self.body.inputs) if isinstance(v.type, StateType))
+        wide = wide_parameters([*self.body.inputs, *self.body.outputs], self.source.layouts)
+        wide &= {name for name, _ in self.parameters}
         return KernelText(self.source.symbol, "row", self.number, tuple(w.lines), self.parameters, self.args,
                           (self.dim, 1, programs), {"num_warps": warps, "num_stages": 1}, wide=wide)
 

@@ -12,7 +12,7 @@ from math import prod
 from inferloom.ir import op as ops
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
-from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.ir.types import DType, StateType, TensorType, bound
 from inferloom.targets.base import Layout
 from inferloom.targets.triton.source import Index, Writer, next_power_of_2
 
@@ -366,6 +366,20 @@ def parameter_type(value: Value) -> str:
     if dtype not in TYPES:
         raise UnsupportedError(f"a GPU kernel cannot read {value!r}")
     return "*" + TYPES[dtype]
+
+
+def wide_parameters(values: Sequence[Value], layouts: Sequence[Layout]) -> frozenset[str]:
+    """Parameters whose bytes may be too many for 32-bit offsets."""
+    found = set()
+    for i, (value, layout) in enumerate(zip(values, layouts)):
+        if isinstance(value.type, StateType):
+            found.add(f"p{i}")
+        elif isinstance(value.type, TensorType):
+            rows = bound(value.type.shape[0]) if has_rows(value) else 1
+            size = max(rows * layout.ld, value.type.max_size) * value.type.dtype.itemsize
+            if size >= 2**31:
+                found.add(f"p{i}")
+    return frozenset(found)
 
 
 def row_dim(values: Sequence[Value]) -> int:

@@ -131,6 +131,19 @@ def test_measured_configurations_come_first(monkeypatch: pytest.MonkeyPatch, tmp
     assert first == configs.MatmulConfig(**config) != other
 
 
+def test_large_tensors_have_wide_offsets() -> None:
+    """A table of 256,000 x 16,384 bf16 is 8 GB: its offsets need 64 bits, and so do those of the state."""
+    sources = selected(model(hidden=16384, heads=4, vocab=256_000, layers=1), DType.BF16).sources
+    target = TritonTarget(gpu("mi300x"))
+    kernels = {k.symbol: k for k in target.pick(sources, target.choices(sources)).kernels}
+    (embed,) = (k for s, k in kernels.items() if "embedding" in s)
+    (head,) = (k for s, k in kernels.items() if "gather_rows" in s)
+    (write,) = (k for s, k in kernels.items() if "kv_write" in s)
+    assert embed.wide == {"p1"} and head.wide == {"p2"} and write.wide == {"p3"}
+    assert "to(tl.int64)" in embed.text() and "to(tl.int64)" in head.text()
+    assert not any(k.wide for s, k in kernels.items() if "silu" in s)
+
+
 @pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("n,k", [(1, 7), (131, 64), (896, 4864), (4096, 4096), (256_000, 8192)])
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
