@@ -132,7 +132,7 @@ def _write(folder: Path, model: TracedModel, target: Target, options: BuildOptio
         (folder / "ir" / f"{number:02d}-{name}.txt").write_text(print_graph(graph))
     (folder / "ir" / "report.json").write_text(json.dumps(compiled.report.to_json(), indent=1) + "\n")
     offset = _write_weights(folder / WEIGHTS_FILE, model, compiled)
-    return _manifest(model, target, options, compiled, offset)
+    return describe(model, target, options, compiled, offset)
 
 
 def _write_weights(path: Path, model: TracedModel, compiled: Compiled) -> int:
@@ -163,7 +163,7 @@ def _weight_name(graph: Graph, value: Value, sources: dict[Value, str]) -> str:
     return "+".join(names)[:200]
 
 
-def _manifest(model: TracedModel, target: Target, options: BuildOptions, compiled: Compiled,
+def describe(model: TracedModel, target: Target, options: BuildOptions, compiled: Compiled,
               data_offset: int) -> m.Manifest:
     plan, module, chip = compiled.plan, compiled.module, target.chip
     scratch = align(plan.workspace, 256)  # tensor descriptors lie on 128 bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, bias, sdpa_kernel
 
-from inferloom.benchmarks.gpu.session import Gpu, Recorder, copies, error, ints, poisoned, random
+from inferloom.benchmarks.gpu.session import DEVICE, Gpu, Recorder, copies, error, ints, poisoned, random
 from inferloom.benchmarks.gpu.shapes import BLOCK, CONTEXT, DECODE, MAX_SEQS, PREFILL
 from inferloom.runtime.device.base import make_tiles
 from inferloom.runtime.manifest import Tiles
@@ -53,8 +54,8 @@ class _Case:
         self.count = copies(size)
         self.q = random(seqs * new, self.hq, self.dim)
         self.state = random(self.count * seqs * self.blocks, 2, self.kv, BLOCK, self.dim)
-        order = torch.randperm(len(self.state), device="cuda").int().view(self.count, seqs, self.blocks)
-        self.tables = torch.zeros(self.count, MAX_SEQS, CONTEXT // BLOCK, dtype=torch.int32, device="cuda")
+        order = torch.randperm(len(self.state), device=DEVICE).int().view(self.count, seqs, self.blocks)
+        self.tables = torch.zeros(self.count, MAX_SEQS, CONTEXT // BLOCK, dtype=torch.int32, device=DEVICE)
         self.tables[:, :seqs, :self.blocks] = order
         seen = int(sum(new * (n - new) + new * (new + 1) // 2 for n in self.lens.tolist()))
         made |= {"bytes": int(self.lens.sum()) * self.kv * self.dim * 4 + 2 * self.q.nbytes,
@@ -71,7 +72,7 @@ class _Case:
             held = {"q": self.q, "state": self.state, "seq_starts": ints(self.starts), "kv_lens": ints(self.lens),
                     "q_tiles": ints(q_tiles) if len(q_tiles) else none, "d_tiles": ints(d_tiles) if len(d_tiles) else none,
                     "dims": ints([*dims, 0, 0, 0]), "out": poisoned(len(self.q) + 1, self.hq * self.dim)}
-            scratch = torch.full((entry["scratch"] + 256,), 255, dtype=torch.uint8, device="cuda")
+            scratch = torch.full((entry["scratch"] + 256,), 255, dtype=torch.uint8, device=DEVICE)
             timed = [la for t in self.tables for la in self.gpu.launches(entry, held | {"block_tables": t}, scratch)]
             self.gpu.run(timed[:len(entry["kernels"])], dims)
             out = held["out"]
@@ -124,7 +125,7 @@ class _Case:
     def _flex(self, q: torch.Tensor, pairs: list[list[torch.Tensor]]) -> dict[str, float]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, self.new, self.context, device="cuda")
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, self.new, self.context, device=DEVICE)
         compiled = torch.compile(flex_attention, dynamic=False)
-        return self.gpu.time_torch([lambda k=k, v=v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
-                                    for k, v in pairs], graph=False)
+        calls = [partial(compiled, q, k, v, block_mask=mask, enable_gqa=True) for k, v in pairs]
+        return self.gpu.time_torch(calls, graph=False)

@@ -30,7 +30,7 @@ from inferloom.runtime.manifest import ALIGN, KERNELS_FILE, MANIFEST, dumps
 from inferloom.targets.base import KernelSource, Layout, Scratch
 from inferloom.targets.chips import GpuChip, find
 from inferloom.targets.link import link_shared
-from inferloom.targets.triton.aot import Binary, Compiler, violations
+from inferloom.targets.triton.aot import Binary, Compiler, module_text, violations
 from inferloom.targets.triton.attention import Attention, heads_of, padded
 from inferloom.targets.triton.codegen import DECODE_ROWS, LAUNCHER, TritonTarget
 from inferloom.targets.triton.configs import AttentionConfig, MatmulConfig
@@ -84,10 +84,10 @@ def traced(model: shapes.Model, max_model_len: int) -> tuple[Any, dict[str, list
 
 
 def _model(chip: GpuChip, folder: Path, model: shapes.Model, job: shapes.Job, say: Say) -> None:
-    target, options = TritonTarget(chip), compiler.BuildOptions("bf16", **job.limits)
+    target, options = TritonTarget(chip), compiler.BuildOptions("bf16", **job.limits)  # type: ignore[arg-type]
     trace, buffers = traced(model, job.limits["max_model_len"])
     compiled = compiler.compile_graph(trace, target, options, lambda text: say(f"{model.name}: {text}"))
-    manifest = compiler._manifest(trace, target, options, compiled, ALIGN)
+    manifest = compiler.describe(trace, target, options, compiled, ALIGN)
     (folder / "kernels").mkdir(parents=True)
     for name, data in sorted(compiled.module.files.items()):
         if name != KERNELS_FILE:
@@ -102,6 +102,7 @@ def _model(chip: GpuChip, folder: Path, model: shapes.Model, job: shapes.Job, sa
 def _sets(chip: GpuChip, folder: Path, job: shapes.Job, say: Say) -> None:
     sets: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
+    texts: list[KernelText] = []
     with Compiler(chip) as worker:
         groups: list[tuple[str, list[Candidate]]] = [
             *((f"matmul {s.n} x {s.k}", _matmul(chip, s, job.variants)) for s in job.linears),
@@ -117,6 +118,8 @@ def _sets(chip: GpuChip, folder: Path, job: shapes.Job, say: Say) -> None:
                 for text, binary in zip(candidate.texts, made):
                     (folder / "kernels" / f"{text.symbol}.cubin").write_bytes(binary.data)
                 sets.append(_describe(candidate, made))
+                texts += candidate.texts
+    (folder / "kernels" / "kernels.py").write_text(module_text(texts))
     (folder / SETS).write_text(json.dumps({"chip": chip.name, "arch": chip.arch, "sets": sets, "rejected": rejected},
                                           indent=1, sort_keys=True) + "\n")
 
@@ -141,7 +144,7 @@ def _describe(candidate: Candidate, binaries: Sequence[Binary]) -> dict[str, Any
     names = [*(v.name for v in body.inputs), "out"]  # type: ignore[union-attr]
 
     def argument(arg: object) -> str | int:
-        return arg.offset if isinstance(arg, Scratch) else arg if isinstance(arg, str) else names[arg]  # type: ignore[index]
+        return arg.offset if isinstance(arg, Scratch) else arg if isinstance(arg, str) else names[arg]  # type: ignore[call-overload,no-any-return]
 
     kernels = [{"symbol": t.symbol, "file": f"kernels/{t.symbol}.cubin", "bytes": len(b.data), "threads": b.threads,
                 "shared": b.shared, "registers": b.registers, "grid": list(t.grid), "least": t.least, "most": t.most,
@@ -184,7 +187,7 @@ def _attention(chip: GpuChip, heads: shapes.Heads, variants: int) -> list[Candid
     for op in ("decode", "prefill"):
         group = heads.q // heads.kv
         tokens = max(1, DECODE_ROWS // group)
-        found = (shapes.decodes(chip, heads, tokens * group, variants) if op == "decode"
+        found = (shapes.decodes(chip, heads, tokens, variants) if op == "decode"
                  else shapes.prefills(chip, heads, variants))
         for number, config in enumerate(found):
             name = f"{op}_{heads.q}_{heads.kv}_{heads.dim}_{number}"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferloom.benchmarks.gpu.model import Model, batch
-from inferloom.benchmarks.gpu.session import Gpu, Recorder, error, quantiles
+from inferloom.benchmarks.gpu.model import Model, Read, batch
+from inferloom.benchmarks.gpu.session import DEVICE, Gpu, Recorder, error, quantiles
 from inferloom.ir import op as ops
 from inferloom.ir.ops.attention import KVArrays
 from inferloom.ir.types import DType, StateType, TensorType
@@ -26,6 +26,8 @@ from inferloom.runtime.device.base import StepBatch
 #: New tokens of each sequence, and its tokens in all: decode, both kinds at once, many rows, a long prefill.
 BATCHES = {"decode": ((1, 1, 3, 2), (70, 333, 3, 40)), "mixed": ((1, 40, 9), (300, 45, 9)),
            "many": ((1,) * 70 + (130,), (*range(40, 110), 200)), "prefill": ((600, 1, 1), (900, 2, 1000))}
+#: Tokens of the steps whose kernels are timed, and those of the steps that make up a prompt.
+TIMED, CHUNKS = (1, 64, 2048), (130, 70, 1, 1)
 #: Sequences, tokens of each prompt, tokens generated.
 LOADS = tuple((b, *size) for size in ((128, 128), (2048, 256)) for b in (1, 8, 64))
 #: Of the logits of a whole model in bf16, next to transformers in float32: relative to the largest.
@@ -43,7 +45,7 @@ def folders(gpu: Gpu) -> list[Path]:
 def kernels(gpu: Gpu, recorder: Recorder, sets: list[dict[str, Any]]) -> None:
     """Every kernel of every model in batches of all kinds against the reference, then the time of each."""
     for folder in folders(gpu):
-        names = [f"{folder.name}-{b}" for b in BATCHES] + [f"{folder.name}-times-{t}" for t in (1, 64, 2048)]
+        names = [f"{folder.name}-{b}" for b in BATCHES] + [f"{folder.name}-times-{t}" for t in TIMED]
         if (recorder.quick and folder != folders(gpu)[0]) or not any([recorder.wanted(n) for n in names]):
             continue
         blocks = 256
@@ -53,7 +55,7 @@ def kernels(gpu: Gpu, recorder: Recorder, sets: list[dict[str, Any]]) -> None:
                 with recorder.case(f"{folder.name}-{name}", tokens=sum(counts)) as made:
                     made["kernels"] = _check(gpu, model, _random_batch(model, counts, lens, blocks), blocks)
                     made["error"] = max((k["error"] for k in made["kernels"]), key=lambda e: (not e["ok"], e["max"]))
-        for tokens in () if recorder.quick else (1, 64, 2048):
+        for tokens in () if recorder.quick else TIMED:
             if recorder.wanted(name := f"{folder.name}-times-{tokens}"):
                 with recorder.case(name, tokens=tokens) as made:
                     counts, lens = ((tokens,), (tokens,)) if tokens > 64 else ((1,) * tokens, (100,) * tokens)
@@ -93,7 +95,8 @@ def _check(gpu: Gpu, model: Model, step: StepBatch, blocks: int) -> list[dict[st
             states = (v for v in node.operands if v is not None and isinstance(v.type, StateType))
             stored = {v.type.dtype for v in (value, *states)}
             tolerance = 2.0**-7 if DType.BF16 in stored else 1e-3  # sums in another order
-            pairs = [(got.k, want.k), (got.v, want.v)] if isinstance(got, KVArrays) else [(got, want)]
+            whole: Any = want
+            pairs = [(got.k, whole.k), (got.v, whole.v)] if isinstance(got, KVArrays) else [(got, whole)]
             for g, w in pairs:
                 if g.size:
                     worst = max(worst, error(torch.from_numpy(g), torch.from_numpy(np.asarray(w)), tolerance),
@@ -139,11 +142,10 @@ def models(gpu: Gpu, recorder: Recorder, sets: list[dict[str, Any]]) -> None:
             continue
         config = json.loads((folder / "buffers.json").read_text())["config"]
         peer = _transformers(config)
-        state = peer.state_dict()
         m = json.loads((folder / "manifest.json").read_text())
         room = torch.cuda.mem_get_info()[0] - (m["memory"]["weights"] + m["memory"]["workspace"]) - (12 << 30)
         blocks = int(min(64 * (2304 // 32 + 1), room // m["memory"]["bytes_per_block"]))
-        model = Model(gpu, folder, blocks, lambda source, shape, held=state: held[source])  # type: ignore[misc]
+        model = Model(gpu, folder, blocks, _reader(peer))
         if recorder.wanted(names[0]):
             with recorder.case(names[0]) as made:
                 made["error"] = _logits(model, peer)
@@ -158,7 +160,7 @@ def models(gpu: Gpu, recorder: Recorder, sets: list[dict[str, Any]]) -> None:
                         recorder.peer(made, "transformers", partial(_eager, peer, seqs, prompt))
                         if recorder.left > 90:
                             recorder.peer(made, "transformers-compiled", partial(_compiled, peer, seqs, prompt))
-        del model, peer, state
+        del model, peer
         torch.cuda.empty_cache()
 
 
@@ -166,23 +168,29 @@ def _transformers(config: dict[str, Any]) -> Any:
     import transformers
 
     made = getattr(transformers, config["kind"])(**config["arguments"])
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         return transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).eval()
+
+
+def _reader(peer: Any) -> Read:
+    state = peer.state_dict()
+    return lambda source, shape: state[source]  # type: ignore[no-any-return]
 
 
 def _logits(model: Model, peer: Any) -> dict[str, Any]:
     """A prompt in two steps and two decode steps, against transformers in float32 over the same tokens."""
-    tokens = np.random.default_rng(1).integers(0, model.manifest.model.vocab_size, 202)
+    tokens = np.random.default_rng(1).integers(0, model.manifest.model.vocab_size, sum(CHUNKS))
+    ends = np.cumsum(CHUNKS).tolist()
     size = model.manifest.state.block_tokens
     tables = np.arange(-(-len(tokens) // size))[None]
     got = []
-    for begin, end in ((0, 130), (130, 200), (200, 201), (201, 202)):
+    for begin, end in zip((0, *ends), ends):
         step = batch((end - begin,), (end,), tables, tokens[begin:end], size, range(max(0, end - begin - 4), end - begin))
         got.append(model.step(step).clone())
-    wanted = [i for begin, end in ((0, 130), (130, 200), (200, 201), (201, 202)) for i in range(max(begin, end - 4), end)]
+    wanted = [i for begin, end in zip((0, *ends), ends) for i in range(max(begin, end - 4), end)]
     with torch.no_grad():
         peer.float()
-        want = peer(input_ids=torch.from_numpy(tokens)[None].cuda(), use_cache=False).logits[0, wanted].float()
+        want = peer(input_ids=torch.from_numpy(tokens)[None].to(DEVICE), use_cache=False).logits[0, wanted].float()
         peer.bfloat16()
     made = error(torch.cat(got), want, MODEL_TOLERANCE)
     made["same_choice"] = float((torch.cat(got).argmax(-1) == want.argmax(-1)).float().mean())
@@ -253,7 +261,7 @@ def limit(seconds: int) -> Iterator[None]:
 
 
 def _decode_loop(step: Callable[[torch.Tensor, int], torch.Tensor], seqs: int, prompt: int, steps: int) -> dict[str, float]:
-    tokens, walls = torch.zeros(seqs, 1, dtype=torch.int64, device="cuda"), []
+    tokens, walls = torch.zeros(seqs, 1, dtype=torch.int64, device=DEVICE), []
     for i in range(steps):
         torch.cuda.synchronize()
         now = time.perf_counter()
@@ -266,7 +274,7 @@ def _decode_loop(step: Callable[[torch.Tensor, int], torch.Tensor], seqs: int, p
 def _eager(peer: Any, seqs: int, prompt: int) -> dict[str, float]:
     """transformers as it comes, with its dynamic cache."""
     with limit(40), torch.no_grad():
-        ids = torch.randint(0, peer.config.vocab_size, (seqs, prompt), device="cuda")
+        ids = torch.randint(0, peer.config.vocab_size, (seqs, prompt), device=DEVICE)
         cache = peer(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         return _decode_loop(lambda t, at: peer(input_ids=t, past_key_values=cache, use_cache=True).logits, seqs, prompt, 24)
 
@@ -278,12 +286,12 @@ def _compiled(peer: Any, seqs: int, prompt: int) -> dict[str, float]:
     with limit(120), torch.no_grad():
         torch.compiler.reset()
         cache = StaticCache(config=peer.config, max_cache_len=prompt + 64)
-        ids = torch.randint(0, peer.config.vocab_size, (seqs, prompt), device="cuda")
-        peer(input_ids=ids, past_key_values=cache, cache_position=torch.arange(prompt, device="cuda"), logits_to_keep=1)
+        ids = torch.randint(0, peer.config.vocab_size, (seqs, prompt), device=DEVICE)
+        peer(input_ids=ids, past_key_values=cache, cache_position=torch.arange(prompt, device=DEVICE), logits_to_keep=1)
         compiled = torch.compile(peer.forward, mode="reduce-overhead")
 
         def step(tokens: torch.Tensor, at: int) -> torch.Tensor:
-            where = torch.tensor([at], device="cuda")
+            where = torch.tensor([at], device=DEVICE)
             return compiled(input_ids=tokens.clone(), position_ids=where.expand(seqs, 1), past_key_values=cache,
                             cache_position=where).logits.clone()
 

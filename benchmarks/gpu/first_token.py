@@ -67,6 +67,8 @@ def main(folder: Path) -> dict[str, float]:
     launches = (Launch * len(m.plan))()
     for slot, call in zip(launches, m.plan):
         kernel = m.kernels[call.kernel]
+        if kernel.launch is None:
+            raise TypeError(kernel)
         slot.function, slot.nargs = functions[call.kernel], len(call.args)
         slot.dim, slot.tile, slot.mult = kernel.grid.dim, kernel.grid.tile, kernel.grid.mult
         slot.threads, slot.shared = kernel.launch.threads, kernel.launch.shared

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferloom.benchmarks.gpu.session import Gpu
+from inferloom.benchmarks.gpu.session import DEVICE, Gpu
 from inferloom.compiler.kernels import KernelCall, select_kernels
 from inferloom.compiler.plan import Rows, plan_memory, row_elements, tensor_bytes
 from inferloom.ir import op as ops
@@ -44,7 +44,7 @@ class Model:
         sizes = {"weights": m.memory.weights, "workspace": m.memory.workspace, "input": m.memory.inputs,
                  "state": blocks * m.state.bytes_per_block}
         # Of 255s, floats are NaN.
-        self.regions = {name: torch.full((max(size, 256),), 255, dtype=torch.uint8, device="cuda")
+        self.regions = {name: torch.full((max(size, 256),), 255, dtype=torch.uint8, device=DEVICE)
                         for name, size in sizes.items()}
         self.regions["state"].view(torch.bfloat16).normal_()
         self.mirror = gpu.launcher.pinned(m.memory.inputs)
@@ -53,14 +53,14 @@ class Model:
         for value in self.plan.weights:
             self._memory(value)[:] = self._constant(value, read or _random).reshape(-1)
         self.launches = [self._launch(folder, number) for number in range(len(m.plan))]
-        self.weight_bytes = sum(tensor_bytes(v.type) for v in self._matmul_weights())  # type: ignore[arg-type]
+        self.weight_bytes = sum(tensor_bytes(v.type) for v in self._matmul_weights())  # type: ignore[arg-type,misc]
 
     # -- memory
 
     def _memory(self, value: Value, count: int | None = None) -> torch.Tensor:
         """A value's elements: all of a weight, `count` rows of an activation with the gaps between them."""
         place, item = self.plan.places[value], value.type.dtype.itemsize
-        size = prod(int(str(d)) for d in value.type.shape) if count is None else count * place.ld  # type: ignore[union-attr]
+        size = prod(int(str(d)) for d in value.type.shape) if count is None else count * place.ld  # type: ignore[union-attr,misc]
         return self.regions[place.space][place.offset:place.offset + size * item].view(TORCH[value.type.dtype])
 
     def _constant(self, value: Value, read: Read) -> torch.Tensor:
@@ -68,8 +68,8 @@ class Model:
         if value in self._sources:
             source, shape = self._sources[value].source, tuple(int(str(d)) for d in value.type.shape)  # type: ignore[union-attr]
             if source in self._buffers:
-                return torch.tensor(self._buffers[source], device="cuda").view(shape)
-            return read(source, shape).cuda()
+                return torch.tensor(self._buffers[source], device=DEVICE).view(shape)
+            return read(source, shape).to(DEVICE)
         node = self._nodes[value]
         args = [self._constant(v, read) for v in node.operands if v is not None]
         if node.op == "cast":
@@ -81,7 +81,7 @@ class Model:
         if node.op == "pack_linear" and args[0].shape[1] % 16 == 0:  # rows as they are
             return args[0]
         made = ops.run_reference(node.op, [a.float().cpu().numpy() for a in args], node.attrs)
-        return torch.from_numpy(np.ascontiguousarray(made[0])).cuda()
+        return torch.from_numpy(np.ascontiguousarray(made[0])).to(DEVICE)
 
     def _launch(self, folder: Path, number: int) -> Launch:
         call = self.manifest.plan[number]
@@ -173,7 +173,7 @@ def _numpy(x: torch.Tensor) -> np.ndarray:
 
 def _random(source: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Weights that keep activations near one."""
-    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
     return x.normal_(1, 0.1) if len(shape) == 1 else x.normal_(0, shape[-1]**-0.5)
 
 

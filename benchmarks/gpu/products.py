@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from inferloom.benchmarks.gpu.session import Gpu, Recorder, copies, error, ints, poisoned, random
+from inferloom.benchmarks.gpu.session import DEVICE, Gpu, Recorder, copies, error, ints, poisoned, random
 from inferloom.benchmarks.gpu.shapes import Linear
 
 #: Candidates that are measured at length, besides the compiler's choice.
@@ -30,7 +30,7 @@ def ceilings(gpu: Gpu, recorder: Recorder, sets: list[dict[str, Any]]) -> None:
             made |= {"flops": 2 * 8192**3, "us": gpu.time_torch([lambda: torch.mm(x, y, out=out)] * 4, seconds=0.5)}
     if recorder.wanted("launch"):
         with recorder.case("launch") as made:  # what a kernel costs that does nothing, within a graph
-            one = torch.zeros(1, device="cuda")
+            one = torch.zeros(1, device=DEVICE)
             made["us"] = gpu.time_torch([lambda: one.add_(1)] * 100)
 
 
@@ -53,9 +53,9 @@ def _matmul(gpu: Gpu, recorder: Recorder, made: dict[str, Any], entries: list[di
     count, n, k = weights.shape
     count = max(count, 4)
     xs = [random(m, k) for _ in range(min(count, 4))]
-    outs = [torch.empty(m, n, dtype=torch.bfloat16, device="cuda") for _ in range(min(count, 4))]
+    outs = [torch.empty(m, n, dtype=torch.bfloat16, device=DEVICE) for _ in range(min(count, 4))]
     dims = [m, 1, m, 0, 0]
-    scratch = torch.full((max(e["scratch"] for e in entries) + 256,), 255, dtype=torch.uint8, device="cuda")
+    scratch = torch.full((max(e["scratch"] for e in entries) + 256,), 255, dtype=torch.uint8, device=DEVICE)
     held = {"dims": ints([*dims, 0, 0, 0])}
     want = xs[0].float() @ weights[0].float().T
 

@@ -8,6 +8,8 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from inferloom.targets.triton.configs import KEYS
+
 Case = dict[str, Any]
 TOP = 3
 
@@ -44,9 +46,9 @@ def rates(cases: list[Case]) -> dict[str, float]:
 
 
 def _rate(case: Case, ceilings: dict[str, float]) -> None:
-    us = case.get("us", {}).get("p50")
-    if not us:
+    if not case.get("us"):
         return
+    us = case["us"]["p50"]
     for amount, unit, scale, ceiling in (("bytes", "gbps", 1e3, "copy_gbps"), ("flops", "tflops", 1e6, "matmul_tflops")):
         if case.get(amount):
             case[unit] = case[amount] / us / scale
@@ -54,7 +56,7 @@ def _rate(case: Case, ceilings: dict[str, float]) -> None:
                 case[f"of_{ceiling}"] = case[unit] / ceilings[ceiling]
     peers = [p["us"]["p50"] for p in case.get("peers", {}).values() if "us" in p]
     if peers:  # whole models are compared by the wall's clock, as their peers are
-        case["of_peer"] = min(peers) / case.get("wall_us", case["us"])["p50"]
+        case["of_peer"] = min(peers) / (case.get("wall_us") or case["us"])["p50"]
 
 
 def tuned(cases: list[Case]) -> list[dict[str, Any]]:
@@ -76,16 +78,15 @@ def tuned(cases: list[Case]) -> list[dict[str, Any]]:
         ranked = sorted(({"config": c[0]["config"], "us": round(exp(sum(log(e["us"]) for e in c) / len(c)), 3),
                           "hash": c[0]["hash"], "by_case": {e["at"]: round(e["us"], 3) for e in c}}
                          for c in candidates.values() if len(c) == whole), key=lambda e: e["us"])
-        names = ("op", "n", "k", "rows") if key[0] == "matmul" else ("op", "q_heads", "kv_heads", "dim")
-        entries.append({**dict(zip(names, key)), "dtype": "bf16", "source": "measured", "config": ranked[0]["config"],
-                        "us": ranked[0]["us"], "hash": ranked[0]["hash"], "top": ranked[:TOP]})
+        entries.append({**dict(zip(("op", *KEYS[key[0]]), key)), "dtype": "bf16", "source": "measured",
+                        "config": ranked[0]["config"], "us": ranked[0]["us"], "hash": ranked[0]["hash"], "top": ranked[:TOP]})
     return entries
 
 
 def write_tuned(path: Path, entries: list[dict[str, Any]], device: dict[str, Any]) -> None:
     """Entries measured before stay where there is no new one."""
     def key(entry: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(entry.get(k, 0) for k in ("op", "dtype", "n", "k", "rows", "q_heads", "kv_heads", "dim"))
+        return (entry["op"], entry["dtype"], *(entry[k] for k in KEYS[entry["op"]]))
 
     held = {key(e): e for e in json.loads(path.read_text())["entries"]} if path.exists() else {}
     held |= {key(e): e for e in entries}

@@ -27,6 +27,8 @@ ROTATE = 256 << 20
 #: A process that has seen a fault of the GPU cannot go on.
 FAULT = 3
 TOLERANCE = 2.0**-7
+#: Where data lies, as torch calls it.
+DEVICE = "cuda"
 
 
 class Gpu:
@@ -35,7 +37,7 @@ class Gpu:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         torch.backends.cuda.matmul.allow_tf32 = False
-        torch.zeros(1, device="cuda")
+        torch.zeros(1, device=DEVICE)
         self.folder, self.stream = folder, torch.cuda.Stream()
         self.launcher = Launcher((folder / KERNELS_FILE).read_bytes(), str(folder / KERNELS_FILE), "cuda", 0)
         self._driver = ctypes.CDLL("libcuda.so.1")
@@ -121,16 +123,16 @@ def copies(size: int, most: int = 64) -> int:
 
 
 def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda").normal_(0, scale)
+    return torch.empty(shape, dtype=dtype, device=DEVICE).normal_(0, scale)
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Memory of which whatever is not written shows."""
-    return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
 
 def ints(values: Any) -> torch.Tensor:
-    return torch.as_tensor(np.ascontiguousarray(values, np.int32)).cuda()
+    return torch.as_tensor(np.ascontiguousarray(values, np.int32)).to(DEVICE)
 
 
 def error(got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> dict[str, Any]:

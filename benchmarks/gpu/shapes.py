@@ -90,13 +90,13 @@ DECODE = tuple((b, n) for n in (512, 2048, 8192, 32768) for b in (1, 8, 32, 128)
 PREFILL = ((512, 0), (2048, 0), (8192, 0), (16384, 0), (2048, 8192))
 
 # What to change in the compiler's choice, by the upper end of the range of rows (the last range has no end).
-_FEW: tuple[dict[str, int], ...] = (
+_FEW: tuple[dict[str, Any], ...] = (
     {"n": 16}, {"n": 32}, {"n": 64}, {"n": 128}, {"splits": 2}, {"splits": 4}, {"k": 64}, {"k": 256, "stages": 3},
     {"warps": 8}, {"stages": 3}, {"n": 32, "splits": 2}, {"n": 64, "splits": 4}, {"n": 32, "k": 256, "stages": 3})
-_SOME: tuple[dict[str, int], ...] = (
+_SOME: tuple[dict[str, Any], ...] = (
     {"n": 64}, {"n": 128}, {"k": 128, "stages": 4}, {"m": 128}, {"m": 128, "n": 128, "warps": 8}, {"n": 256, "warps": 8},
     {"splits": 2}, {"n": 128, "splits": 2, "stages": 5}, {"n": 128, "splits": 4}, {"stages": 6})
-_MANY: tuple[dict[str, int], ...] = (
+_MANY: tuple[dict[str, Any], ...] = (
     {"n": 256}, {"n": 128}, {"n": 128, "stages": 4}, {"n": 256, "persistent": 0}, {"n": 256, "persistent": 0, "stages": 4},
     {"n": 128, "persistent": 0, "stages": 4}, {"m": 256, "n": 128}, {"n": 256, "group": 16}, {"n": 128, "group": 16, "stages": 5},
     {"m": 64, "n": 256, "warps": 4})
@@ -117,15 +117,15 @@ def matmuls(chip: GpuChip, shape: Linear, variants: int) -> Iterator[tuple[int, 
         yield from ((least, most, c) for c in dict.fromkeys((first, *fits)))
 
 
-def decodes(chip: GpuChip, heads: Heads, rows: int, variants: int) -> list[AttentionConfig]:
-    first = configs.decode(chip, DType.BF16, rows, heads.kv, heads.dim, heads.dim)[0]
-    changes: tuple[dict[str, int], ...] = ({"n": 128}, {"warps": 8}, {"stages": 2}, {"stages": 4}, {"splits": first.splits // 2},
+def decodes(chip: GpuChip, heads: Heads, tokens: int, variants: int) -> list[AttentionConfig]:
+    first = configs.decode(chip, DType.BF16, tokens, heads.q // heads.kv, heads.kv, heads.dim, heads.dim)[0]
+    changes: tuple[dict[str, Any], ...] = ({"n": 128}, {"warps": 8}, {"stages": 2}, {"stages": 4}, {"splits": first.splits // 2},
                                            {"n": 128, "warps": 8, "stages": 2}, {"n": 32, "stages": 4})
     return list(dict.fromkeys((first, *(replace(first, **c) for c in changes[:variants]))))
 
 
 def prefills(chip: GpuChip, heads: Heads, variants: int) -> list[AttentionConfig]:
-    first = configs.prefill(chip, DType.BF16, heads.dim, heads.dim)[0]
-    changes: tuple[dict[str, int], ...] = ({"n": 128}, {"n": 128, "stages": 2}, {"stages": 2}, {"stages": 4}, {"warps": 4},
+    first = configs.prefill(chip, DType.BF16, heads.q // heads.kv, heads.kv, heads.dim, heads.dim)[0]
+    changes: tuple[dict[str, Any], ...] = ({"n": 128}, {"n": 128, "stages": 2}, {"stages": 2}, {"stages": 4}, {"warps": 4},
                                            {"m": 64, "warps": 4}, {"m": 64, "warps": 4, "n": 128, "stages": 2})
     return list(dict.fromkeys((first, *(replace(first, **c) for c in changes[:variants]))))

@@ -143,7 +143,7 @@ class TritonTarget:
         """All prefill kernels together: they share their tiles' number of tokens."""
         kernels = [(Attention(s, i), heads_of(s)) for i, s in sources]
         largest = max(h.group for _, h in kernels)
-        each = [configs.prefill(self.chip, a.dtype, h.k_dim, h.v_dim) for a, h in kernels]
+        each = [configs.prefill(self.chip, a.dtype, h.group, h.kv, h.k_dim, h.v_dim) for a, h in kernels]
         count = max(len(e) for e in each)
         levels = [[e[min(i, len(e) - 1)] for e in each] for i in range(count)]
         tiles = tuple(max(1, min(c.m for c in level) // largest) for level in levels)
@@ -155,7 +155,7 @@ class TritonTarget:
         if tokens == 0:
             return []
         attention, heads = Attention(source, number), heads_of(source)
-        found = configs.decode(self.chip, attention.dtype, tokens * heads.group, heads.kv, heads.k_dim, heads.v_dim)
+        found = configs.decode(self.chip, attention.dtype, tokens, heads.group, heads.kv, heads.k_dim, heads.v_dim)
         return [Choice(tuple(partial(_parts, attention, c, tokens) for c in found))]
 
 

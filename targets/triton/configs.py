@@ -7,7 +7,7 @@ written by `benchmarks/gpu/run.py`. `rows` is the upper end of one of `ROW_RANGE
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -118,7 +118,7 @@ def _static(chip: GpuChip, dtype: DType, n: int, k: int, least: int, most: int) 
     return MatmulConfig(128, 128, 64, 8, 2, group=8, extra=extra)
 
 
-def prefill(chip: GpuChip, dtype: DType, k_dim: int, v_dim: int) -> list[AttentionConfig]:
+def prefill(chip: GpuChip, dtype: DType, group: int, kv_heads: int, k_dim: int, v_dim: int) -> list[AttentionConfig]:
     """Configurations of prefill attention to try in order; tiles of m rows, m a multiple of 16."""
     wide = max(k_dim, v_dim) > 128
     if dtype is DType.F32:
@@ -130,13 +130,15 @@ def prefill(chip: GpuChip, dtype: DType, k_dim: int, v_dim: int) -> list[Attenti
     else:
         sizes = [(64 if wide else 128, 64, 4 if wide else 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2),
                  (16, 32, 4, 1), (16, 16, 4, 1)]
-    return [AttentionConfig(m, n, warps, stages) for m, n, warps, stages in sizes]
+    return [*_measured(chip, "prefill", dtype, group, kv_heads, k_dim, v_dim),
+            *(AttentionConfig(m, n, warps, stages) for m, n, warps, stages in sizes)]
 
 
-def decode(chip: GpuChip, dtype: DType, rows: int, kv_heads: int, k_dim: int, v_dim: int) -> list[AttentionConfig]:
+def decode(chip: GpuChip, dtype: DType, tokens: int, group: int, kv_heads: int, k_dim: int,
+           v_dim: int) -> list[AttentionConfig]:
     """Configurations of split decode attention; enough splits that few sequences fill the chip."""
     splits = min(max(next_power_of_2(ceil(chip.units / kv_heads)), 4), 64)
-    m = max(16, next_power_of_2(rows))
+    m = max(16, next_power_of_2(tokens * group))
     extra: tuple[tuple[str, int], ...] = (("waves_per_eu", 1),) if chip.matrix == "mfma" else ()
     if dtype is DType.F32:
         sizes = [(32, 4, 1), (16, 4, 1)]
@@ -144,14 +146,22 @@ def decode(chip: GpuChip, dtype: DType, rows: int, kv_heads: int, k_dim: int, v_
         sizes = [(64, 4, 1), (32, 4, 1), (16, 4, 1)]
     else:
         sizes = [(64, 4, 3), (64, 4, 2), (32, 4, 2), (16, 4, 1)]
-    return [AttentionConfig(m, n, warps, stages, splits, extra) for n, warps, stages in sizes]
+    return [*_measured(chip, "decode", dtype, group, kv_heads, k_dim, v_dim),
+            *(AttentionConfig(m, n, warps, stages, splits, extra) for n, warps, stages in sizes)]
+
+
+def _measured(chip: GpuChip, op: str, dtype: DType, group: int, kv_heads: int, k_dim: int, v_dim: int) -> list[AttentionConfig]:
+    found = _tuned(chip.name).get((op, str(dtype), group * kv_heads, kv_heads, k_dim)) if k_dim == v_dim else None
+    return [AttentionConfig(**found)] if found is not None else []
+
+
+#: What an entry of a tuned file is found by, after its op and dtype.
+KEYS = {"matmul": ("n", "k", "rows"), "prefill": ("q_heads", "kv_heads", "dim"), "decode": ("q_heads", "kv_heads", "dim")}
 
 
 @cache
-def _tuned(chip: str) -> dict[tuple[str, str, int, int, int], dict[str, Any]]:
+def _tuned(chip: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     path = TUNED / f"{chip}.json"
     if not path.exists():
         return {}
-    known = {f.name for f in fields(MatmulConfig)}
-    return {(e["op"], e["dtype"], e["n"], e["k"], e["rows"]): {k: v for k, v in e["config"].items() if k in known}
-            for e in json.loads(path.read_text())["entries"] if e["op"] == "matmul"}
+    return {(e["op"], e["dtype"], *(e[k] for k in KEYS[e["op"]])): e["config"] for e in json.loads(path.read_text())["entries"]}

@@ -3,57 +3,20 @@ driver is told to launch a kernel, its source runs in the interpreter on the mem
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import inferloom
 from inferloom.runtime.device.gpu import GpuDevice
 from inferloom.runtime.llm import LLM
 from inferloom.runtime.params import SamplingParams
-from tests.interpreter.harness import TORCH, load_module
+from tests.interpreter.driver import interpreted
 from tests.runtime.toy_gpu import Mock, mock
 
 CHIPS = {"cuda": "h100", "hip": "mi300x"}
 PROMPTS = [[5, 9, 17, 30, 31, 32, 90], [7], list(range(40, 75))]
-
-
-class Address:
-    """A kernel's argument that is an address of the mocked device."""
-
-    def __init__(self, address: int, dtype: torch.dtype) -> None:
-        self.address, self.dtype = address, dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def interpreted(source: str, folder: Path) -> dict[str, Callable[..., None]]:
-    """The kernels of an artifact as functions of a grid and addresses."""
-    from triton.runtime import interpreter
-
-    # Addresses need no copies to the host and back: they are the host's.
-    interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), kwargs)
-    interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
-    module = load_module(source, folder)
-    made = {}
-    for name, comment in re.findall(r"\ndef (\w+)\([^)]*\):\n    # (.*)\n", source):
-        types = [TORCH[part.split(": ")[1]] for part in comment.split(", ") if ": *" in part]
-        if types:
-            made[name] = _function(getattr(module, name), types)
-    return made
-
-
-def _function(kernel: object, types: list[torch.dtype]) -> Callable[..., None]:
-    def run(grid: int, *params: int) -> None:
-        with np.errstate(all="ignore"):
-            kernel[(grid,)](*(Address(p, t) for p, t in zip(params, types)))  # type: ignore[index]
-
-    return run
 
 
 @pytest.fixture(params=CHIPS)

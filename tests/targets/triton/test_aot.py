@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_made_smaller_or_refused(tiny: Selection) -> None:
 
 def test_measured_configurations_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = {"m": 64, "n": 64, "k": 32, "warps": 4, "stages": 3, "splits": 1}
-    entry = {"op": "matmul", "dtype": "bf16", "n": 4096, "k": 4096, "rows": 256, "config": config | {"note": 1}, "us": 9.5}
+    entry = {"op": "matmul", "dtype": "bf16", "n": 4096, "k": 4096, "rows": 256, "config": config, "us": 9.5}
     (tmp_path / "h100.json").write_text(json.dumps({"entries": [entry]}))
     monkeypatch.setattr(configs, "TUNED", tmp_path)
     configs._tuned.cache_clear()
