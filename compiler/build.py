@@ -164,7 +164,7 @@ def _weight_name(graph: Graph, value: Value, sources: dict[Value, str]) -> str:
 
 
 def describe(model: TracedModel, target: Target, options: BuildOptions, compiled: Compiled,
-              data_offset: int) -> m.Manifest:
+             data_offset: int) -> m.Manifest:
     plan, module, chip = compiled.plan, compiled.module, target.chip
     scratch = align(plan.workspace, 256)  # tensor descriptors lie on 128 bytes
     blocks = -(-model.max_model_len // options.block_tokens)
