@@ -12,7 +12,7 @@ from math import prod
 
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
-from inferloom.ir.types import StateType, TensorType, bound
+from inferloom.ir.types import STATES, StateType, TensorType, bound
 
 ALIGN = 64
 
@@ -84,7 +84,7 @@ def plan_memory(graph: Graph, rows: Rows) -> Plan:
         if isinstance(value.type, TensorType):
             places[value] = Placement("input", name=value.name)
     workspace = _place_activations(graph, kernels, places, rows)
-    states = tuple(v for v in graph.inputs if isinstance(v.type, StateType))
+    states = tuple(v for v in graph.inputs if isinstance(v.type, STATES))
     return Plan(places, workspace, weights, weight_bytes, block, states, kernels)
 
 
@@ -130,7 +130,7 @@ def _place_activations(graph: Graph, kernels: tuple[Node, ...], places: dict[Val
     for index, node in enumerate(kernels):
         alive = [a for a in alive if a[2] >= index]
         for value in node.results:
-            if isinstance(value.type, StateType):
+            if isinstance(value.type, STATES):
                 continue
             if value.type.is_static:
                 raise UnsupportedError(f"kernel at {node.loc} computes a value without rows: {value!r}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inferloom.ir import op as ops
-from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.ir.types import STATES, DType, RecurrentType, StateType, TensorType
 
 _FAMILIES = {"pointwise": "Pointwise", "shape": "Data movement and reductions", "nn": "Layers",
              "attention": "Attention and state", "data": "Packing", "kernel": "Kernels"}
@@ -56,7 +56,7 @@ def _section(op: ops.OpDef) -> str:
 
 def _operand(parameter: inspect.Parameter, wanted: Any) -> str:
     mark = "*" if parameter.kind is parameter.VAR_POSITIONAL else "?" if parameter.default is None else ""
-    return f"`{parameter.name}{mark}`" + (" (state)" if wanted is StateType else "")
+    return f"`{parameter.name}{mark}`" + (" (state)" if wanted in STATES else "")
 
 
 def _value(value: object) -> str:
@@ -67,7 +67,7 @@ def _value(value: object) -> str:
     return f"`{value}`" if isinstance(value, DType) else f"`{value!r}`".replace("'", '"')
 
 
-_TYPES = {str: "string", DType: "element type", TensorType: "tensor", StateType: "state", type(None): "none"}
+_TYPES = {str: "string", DType: "element type", TensorType: "tensor", StateType: "state", RecurrentType: "state", type(None): "none"}
 
 
 def _type(wanted: Any) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from inferloom.ir.errors import UnsupportedError, VerifyError
 from inferloom.ir.expr import Expr
-from inferloom.ir.types import Affine, DType, Shape, StateType, Sym, TensorType, Type
+from inferloom.ir.types import STATES, Affine, DType, RecurrentType, Shape, StateType, Sym, TensorType, Type
 
 if typing.TYPE_CHECKING:
     from inferloom.ir.graph import Graph
@@ -128,7 +128,7 @@ def op(name: str, *, tolerance: Tolerance = Tolerance(), levels: Sequence[str] =
 
 
 _HINT_SCOPE: dict[str, Any] = {"DType": DType, "Expr": Expr, "Sym": Sym, "Affine": Affine, "Shape": Shape,
-                               "TensorType": TensorType, "StateType": StateType}
+                               "TensorType": TensorType, "StateType": StateType, "RecurrentType": RecurrentType}
 
 
 def register_hint(name: str, value: object) -> None:
@@ -165,7 +165,7 @@ def infer(name: str, operands: Sequence[Type | None], attrs: Mapping[str, Attr],
         if value is None and param.default is not None:
             raise VerifyError(f"{where}: operand {param.name} is required")
         if not _is_a(value, declared.operand_types[param.name]):
-            wanted = "state" if declared.operand_types[param.name] is StateType else "a tensor"
+            wanted = "state" if declared.operand_types[param.name] in STATES else "a tensor"
             raise VerifyError(f"{where}: operand {param.name} must be {wanted}")
     try:
         made = declared.infer(*operands, **attrs)

@@ -13,7 +13,7 @@ from inferloom.ir import op as ops
 from inferloom.ir.errors import InferloomError, VerifyError
 from inferloom.ir.expr import Expr
 from inferloom.ir.graph import Graph, Node, Param, Value
-from inferloom.ir.types import Affine, Dim, DType, StateType, Sym, TensorType, Type
+from inferloom.ir.types import Affine, Dim, DType, RecurrentType, StateType, Sym, TensorType, Type
 
 _SPACE = re.compile(r"(\s|#[^\n]*)*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
@@ -267,6 +267,13 @@ class _Parser:
             if len(sizes) != 4:
                 raise self.error("state is kv<element type,heads,k_dim,v_dim,block_tokens>", start)
             return StateType(dtype, *sizes)
+        if word == "rec":
+            self.expect("<")
+            dtype, shape = self.dtype(self.need(_NAME, "an element type"), start), []
+            while self.accept(","):
+                shape.append(int(self.need(_INT, "a number")))
+            self.expect(">")
+            return RecurrentType(dtype, tuple(shape))
         dtype, dims = self.dtype(word, start), []
         self.expect("[")
         while not self.accept("]"):

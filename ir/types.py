@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 import numpy as np
 
@@ -136,7 +137,24 @@ class StateType:
         return f"kv<{self.dtype},{self.heads},{self.k_dim},{self.v_dim},{self.block_tokens}>"
 
 
-Type = TensorType | StateType
+@dataclass(frozen=True, slots=True)
+class RecurrentType:
+    """State of fixed size that a layer keeps for each sequence, `[pages, *shape]`: one page a sequence."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"rec<{self.dtype},{','.join(map(str, self.shape))}>"
+
+
+Type = TensorType | StateType | RecurrentType
+#: Types of values that a layer keeps between steps.
+STATES = (StateType, RecurrentType)
 
 
 def round_bf16(x: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from inferloom.ir import op as ops
 from inferloom.ir.errors import InferloomError, VerifyError
 from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.text import print_node
-from inferloom.ir.types import StateType
+from inferloom.ir.types import STATES
 
 LEVELS = (ops.MODEL, ops.SERVING, ops.KERNEL)
 _MOST_SHOWN = 5
@@ -136,5 +136,5 @@ def _written(node: Node) -> Iterator[Value]:
     if isinstance(body, Graph):
         inside = {v for n in body.nodes for v in _written(n)}
         yield from (outer for outer, inner in zip(node.operands, body.inputs) if outer is not None and inner in inside)
-    elif any(isinstance(v.type, StateType) for v in node.results):
-        yield from (v for v in node.operands if v is not None and isinstance(v.type, StateType))
+    elif any(isinstance(v.type, STATES) for v in node.results):
+        yield from (v for v in node.operands if v is not None and isinstance(v.type, STATES))

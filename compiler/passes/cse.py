@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from inferloom.compiler.report import Report
 from inferloom.compiler.rewrite import COMMUTATIVE
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
-from inferloom.ir.types import StateType
+from inferloom.ir.types import STATES
 
 NAME = "cse"
 
@@ -39,7 +39,7 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
 
     def visit(builder: Builder, node: Node, operands: tuple[Value | None, ...]) -> Sequence[Value] | None:
         nonlocal merged
-        if any(isinstance(v.type, (StateType)) for v in node.results) or any(
+        if any(isinstance(v.type, STATES) for v in node.results) or any(
                 isinstance(a, Graph) for a in node.attrs.values()):
             return None
         places = [0 if v is None else id(v) for v in operands]  # mapped values live as long as the builder

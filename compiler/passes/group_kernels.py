@@ -18,7 +18,7 @@ from inferloom.compiler.report import Report
 from inferloom.ir import op as ops
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph, Node, Value
-from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.ir.types import STATES, DType, TensorType
 
 NAME = "group-kernels"
 ANCHORS = {"packed_linear": "matmul", "paged_attention": "attention"}
@@ -241,6 +241,6 @@ class _Grouping:
         results = [v for n in nodes for v in n.results
                    if v in wanted or any(self.group.get(u) is not group for u in self.users.get(v, ()))]
         for value in results:
-            if not isinstance(value.type, StateType) and value.type.dtype is DType.BOOL:
+            if not isinstance(value.type, STATES) and value.type.dtype is DType.BOOL:
                 raise UnsupportedError(f"a boolean value cannot be stored between kernels ({value!r})")
         return builder.finish(env[v] for v in results), operands, results
