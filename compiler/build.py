@@ -19,11 +19,12 @@ from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
 from inferloom.compiler.plan import Placement, Plan, Rows, align, plan_memory, tensor_bytes
 from inferloom.compiler.report import Report
+from inferloom.compiler.state import Place
 from inferloom.compiler.weights import weight_buffers
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
 from inferloom.ir.text import print_graph
-from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.ir.types import DType, RecurrentType, StateType, TensorType
 from inferloom.runtime import manifest as m
 from inferloom.runtime import safetensors
 from inferloom.runtime.artifact import seal
@@ -181,10 +182,9 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
     calls += [m.Call(i, tuple(_arg(a, (), scratch, logits) for a in k.args)) for i, k in enumerate(module.kernels)
               if k.source < 0]
     top = m.Top(module.top.count, scratch + module.top.keys, scratch + module.top.stats) if module.top else None
-    layers = tuple(m.StateLayer(plan.places[v].offset, v.type.heads, v.type.k_dim, v.type.v_dim)
-                   for v in plan.states if isinstance(v.type, StateType))
-    state = m.State(options.block_tokens, plan.bytes_per_block,
-                    (m.StateGroup("kv", "paged_kv", layers, str(DTYPES[options.dtype])),))
+    groups = tuple(m.StateGroup(g.kind, g.window, len(g.tables), tuple(  # type: ignore[arg-type]
+        _layer(plan.states[i], plan.state.places[i], g.tables[0]) for i in g.members)) for g in plan.state.groups)
+    state = m.State(options.block_tokens, plan.bytes_per_block, groups)
     return m.Manifest(
         schema=m.SCHEMA, abi=m.ABI,
         versions={"inferloom": version("inferloom"), **{t: version(t) for t in (*_TOOLS, *target.tools)}, "numpy": np.__version__,
@@ -193,12 +193,22 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
                           model.bos_token_id, options.dtype),  # type: ignore[arg-type]
         chip=m.Chip(chip.name, chip.triple, chip.requires, chip.driver, chip.arch),  # type: ignore[arg-type]
         dims=dims, tiles=tiles, state=state,
-        memory=m.Memory(plan.weight_bytes, scratch + module.scratch, m.inputs_layout(dims, tiles)[1],
+        memory=m.Memory(plan.weight_bytes, scratch + module.scratch, m.inputs_layout(dims, tiles, state)[1],
                         plan.bytes_per_block),
         output=m.Output("logits", logits.offset, logits.ld, model.vocab_size, top), kernels=kernels, plan=tuple(calls),
         weights=m.WeightsInfo(WEIGHTS_FILE, data_offset, plan.weight_bytes),
         numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype])},
         files={})
+
+
+def _layer(value: Value, place: Place, first: int) -> m.StateLayer:
+    type = value.type
+    if isinstance(type, StateType):
+        return m.StateLayer(place.table - first, place.offset, type.bytes_per_block, str(type.dtype),
+                            (type.heads, type.k_dim, type.v_dim))
+    if isinstance(type, RecurrentType):
+        return m.StateLayer(place.table - first, place.offset, type.bytes, str(type.dtype), type.shape)
+    raise TypeError(value)
 
 
 def _arg(arg: int | str | Scratch, places: tuple[Placement, ...], scratch: int, logits: Placement) -> m.Arg:

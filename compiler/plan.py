@@ -1,7 +1,7 @@
 """Memory and step planning: where every value of a kernel-level graph lives, and the calls of one step.
 
 Activations are rows of `ld` elements in the workspace, shared between values that are never alive together.
-Weights are the constant operands of kernels, in the order of first use. State is an offset within a block.
+Weights are the constant operands of kernels, in the order of first use. State is an offset within a block of its table.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
+from inferloom.compiler.state import StatePlan, need, plan_state, window_of
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
-from inferloom.ir.types import STATES, StateType, TensorType, bound
+from inferloom.ir.types import STATES, TensorType, bound
 
 ALIGN = 64
 
@@ -38,9 +39,13 @@ class Plan:
     workspace: int
     weights: tuple[Value, ...]
     weight_bytes: int
-    bytes_per_block: int
     states: tuple[Value, ...]
+    state: StatePlan
     kernels: tuple[Node, ...]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.state.block
 
 
 def align(size: int, to: int = ALIGN) -> int:
@@ -79,13 +84,13 @@ def plan_memory(graph: Graph, rows: Rows) -> Plan:
     known = graph.constants()
     places: dict[Value, Placement] = {}
     weights, weight_bytes = _place_weights(kernels, known, places)
-    block = _place_states(graph, kernels, places)
+    states = tuple(v for v in graph.inputs if isinstance(v.type, STATES))
+    state = _place_states(states, kernels, places)
     for value in graph.inputs:
         if isinstance(value.type, TensorType):
             places[value] = Placement("input", name=value.name)
     workspace = _place_activations(graph, kernels, places, rows)
-    states = tuple(v for v in graph.inputs if isinstance(v.type, STATES))
-    return Plan(places, workspace, weights, weight_bytes, block, states, kernels)
+    return Plan(places, workspace, weights, weight_bytes, states, state, kernels)
 
 
 def _place_weights(kernels: Iterable[Node], known: set[Value], places: dict[Value, Placement]) -> tuple[tuple[Value, ...], int]:
@@ -100,21 +105,27 @@ def _place_weights(kernels: Iterable[Node], known: set[Value], places: dict[Valu
     return tuple(order), offset
 
 
-def _place_states(graph: Graph, kernels: Iterable[Node], places: dict[Value, Placement]) -> int:
-    offset = 0
-    for value in graph.inputs:
-        if isinstance(value.type, StateType):
-            places[value] = Placement("state", offset)
-            offset += align(value.type.bytes_per_block)
+def _place_states(states: tuple[Value, ...], kernels: Iterable[Node], places: dict[Value, Placement]) -> StatePlan:
+    """Place states where page-state has dealt out their tables, and what is written over them at the same place."""
+    first: dict[Value, Value] = {v: v for v in states}
+    windows: dict[Value, int] = {}
     for node in kernels:
         body = node.attrs["body"]
         if not isinstance(body, Graph):
             raise TypeError(body)
+        outer = dict(zip(body.inputs, node.operands)) | dict(zip(body.outputs, node.results))
         for inner in body.nodes:
-            if inner.op == "kv_write":
-                before = node.operands[body.inputs.index(_required(inner.operands[0]))]
-                places[node.results[body.outputs.index(inner.result)]] = places[_required(before)]
-    return offset
+            for result in inner.results:
+                if isinstance(result.type, STATES):
+                    first[_required(outer[result])] = first[_required(outer[_required(inner.operands[0])])]
+            if inner.op == "paged_attention":
+                held, tables = _required(inner.operands[1]), _required(inner.operands[4]).type
+                longest = held.type.block_tokens * int(str(tables.shape[1]))  # type: ignore[union-attr]
+                windows[first[_required(outer[held])]] = window_of(inner.attrs["first"], longest)
+    placed = plan_state([need(v.type, windows.get(v, 0)) for v in states])  # type: ignore[arg-type]
+    for value, before in first.items():
+        places[value] = Placement("state", placed.places[states.index(before)].offset)
+    return placed
 
 
 def _place_activations(graph: Graph, kernels: tuple[Node, ...], places: dict[Value, Placement],

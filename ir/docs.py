@@ -67,7 +67,8 @@ def _value(value: object) -> str:
     return f"`{value}`" if isinstance(value, DType) else f"`{value!r}`".replace("'", '"')
 
 
-_TYPES = {str: "string", DType: "element type", TensorType: "tensor", StateType: "state", RecurrentType: "state", type(None): "none"}
+_TYPES = {str: "string", DType: "element type", TensorType: "tensor", StateType: "state", RecurrentType: "state",
+          type(None): "none"}
 
 
 def _type(wanted: Any) -> str:

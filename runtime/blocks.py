@@ -11,6 +11,9 @@ from collections.abc import Iterable
 
 from inferloom.runtime.errors import RequestError
 
+#: A group of state, and the hash of all tokens up to the end of what is cached.
+Key = tuple[int, bytes]
+
 
 class OutOfBlocks(RequestError):
     """The pool has no free block; the scheduler preempts on it."""
@@ -23,8 +26,8 @@ class BlockPool:
         self.size = size
         self._refs = [0] * size
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(size))
-        self._key_of: dict[int, bytes] = {}
-        self._by_key: dict[bytes, int] = {}
+        self._key_of: dict[int, Key] = {}
+        self._by_key: dict[Key, tuple[int, ...]] = {}
 
     @property
     def available(self) -> int:
@@ -59,20 +62,29 @@ class BlockPool:
     def references(self, block: int) -> int:
         return self._refs[block]
 
-    def register(self, block: int, key: bytes) -> None:
-        """Cache a held, completely filled block under `key`; the first block of a key stays."""
+    def register(self, blocks: tuple[int, ...], key: Key) -> None:
+        """Cache held, completely filled blocks together under `key`; the first blocks of a key stay."""
         if key not in self._by_key:
-            self._forget(block)
-            self._by_key[key], self._key_of[block] = block, key
+            for block in blocks:
+                self._forget(block)
+            self._by_key[key] = blocks
+            self._key_of.update((block, key) for block in blocks)
 
-    def lookup(self, key: bytes) -> int | None:
-        """The block cached under `key`; the caller must `retain` it before anything is allocated."""
+    def lookup(self, key: Key) -> tuple[int, ...] | None:
+        """The blocks cached under `key`; the caller must `retain` them before anything is allocated."""
         return self._by_key.get(key)
 
+    def is_cached(self, block: int) -> bool:
+        """Whether others may find the block's content, so that it must not change."""
+        return block in self._key_of
+
     def _forget(self, block: int) -> None:
+        """Without one of its blocks, what is cached under a key is worth nothing."""
         key = self._key_of.pop(block, None)
         if key is not None:
-            del self._by_key[key]
+            for other in self._by_key.pop(key):
+                if self._key_of.pop(other, None) is not None and other in self._free:
+                    self._free.move_to_end(other, last=False)
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Raise ValueError unless the holders' blocks (one entry a holder) explain every reference count."""
@@ -83,5 +95,5 @@ class BlockPool:
                                  f"{counts.get(block, 0)}")
             if (self._refs[block] == 0) != (block in self._free):
                 raise ValueError(f"block {block} is free and held at once, or neither")
-        if len(self._key_of) != len(self._by_key) or any(self._by_key[k] != b for b, k in self._key_of.items()):
+        if self._key_of != {block: key for key, blocks in self._by_key.items() for block in blocks}:
             raise ValueError("the block cache's two indices disagree")

@@ -19,6 +19,7 @@ from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.request import Request, Sequence
 from inferloom.runtime.sampler import sample
 from inferloom.runtime.scheduler import Limits, Scheduler, Work
+from inferloom.runtime.state import fill_tables, longest
 from inferloom.runtime.top import TopRow
 
 
@@ -48,10 +49,10 @@ class Engine:
         self.device, self.limits, self.vocab_size, self.tokenizer = device, limits, vocab_size, tokenizer
         self.eos = frozenset(eos_token_ids)
         self.pool = BlockPool(device.num_blocks)
-        self.cache = PrefixCache(self.pool, limits.block_tokens, salt) if prefix_caching else None
+        self.cache = PrefixCache(self.pool, limits.block_tokens, salt, limits.groups) if prefix_caching else None
         self.scheduler = Scheduler(self.pool, limits, self.cache)
-        self.longest = min(limits.max_model_len, device.num_blocks * limits.block_tokens,
-                           limits.blocks_per_seq * limits.block_tokens)
+        self.longest = longest(limits.groups, device.num_blocks, limits.tokens, limits.block_tokens,
+                               min(limits.max_model_len, limits.blocks_per_seq * limits.block_tokens))
         self._requests: dict[str, Request] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
         self._seeds: dict[str, int] = {}
@@ -132,21 +133,20 @@ class Engine:
         size, counts = self.limits.block_tokens, [w.count for w in work]
         starts = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
-        tokens, positions, slots = (np.empty(int(starts[-1]), np.int32) for _ in range(3))
-        tables = np.zeros((len(work), self.limits.blocks_per_seq), np.int32)
+        tokens, positions = (np.empty(int(starts[-1]), np.int32) for _ in range(2))
         lens = np.empty(len(work), np.int32)
         for i, item in enumerate(work):
             s, part = item.sequence, slice(starts[i], starts[i + 1])
-            pos = np.arange(s.computed, s.computed + item.count, dtype=np.int32)
-            tables[i, :len(s.blocks)] = s.blocks
-            tokens[part], positions[part] = s.tokens[s.computed:s.computed + item.count], pos
-            slots[part] = tables[i][pos // size] * size + pos % size
+            positions[part] = np.arange(s.computed, s.computed + item.count, dtype=np.int32)
+            tokens[part] = s.tokens[s.computed:s.computed + item.count]
             lens[i] = s.computed + item.count
+        tables, pages = fill_tables(self.limits.groups, [w.sequence.held for w in work], self.limits.blocks_per_seq)
+        slots = tables[:, np.repeat(np.arange(len(work)), counts), positions // size] * size + positions % size
         rows = np.array([starts[i + 1] - 1 for i, w in enumerate(work) if w.samples], np.int32)
         wanted = [w.sequence.request.params for w in work if w.samples]
         sharpness = np.array([1.0 if p.greedy else 1 / p.temperature for p in wanted], np.float32)
         return StepBatch(tokens=tokens, positions=positions, slots=slots, seq_starts=starts, kv_lens=lens,
-                         block_tables=tables, logit_rows=rows, sharpness=sharpness)
+                         block_tables=tables, logit_rows=rows, pages=pages, sharpness=sharpness)
 
     def _advance(self, sequence: Sequence, row: np.ndarray | TopRow) -> None:
         """Sample the sequence's next token and see whether it ends."""

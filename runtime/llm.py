@@ -22,6 +22,7 @@ from inferloom.runtime.manifest import KERNELS_FILE, Manifest
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.scheduler import Limits
+from inferloom.runtime.state import Group, Held, fill_tables
 
 Prompt = str | Sequence[int]
 DEFAULT_STATE_BYTES = 4 * 2**30
@@ -45,7 +46,7 @@ class LLM:
         limits = Limits(tokens=_at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
                         seqs=_at_most("max_num_seqs", max_num_seqs, min(m.dims.seqs, m.dims.rows)),
                         blocks_per_seq=m.dims.blocks_per_seq, block_tokens=m.state.block_tokens,
-                        max_model_len=m.model.max_model_len)
+                        max_model_len=m.model.max_model_len, groups=tuple(Group.of(g) for g in m.state.groups))
         self.tokenizer = _tokenizer(self.artifact)
         self.chat_template = ChatTemplate.of(self.artifact)
         self._verify_rest()
@@ -124,22 +125,22 @@ class LLM:
         if ids.ndim != 1 or not 1 <= len(ids) <= engine.longest:
             raise RequestError(f"token_ids must be 1 to {engine.longest} ids")
         size, out = m.state.block_tokens, np.empty((len(ids), m.model.vocab_size), np.float32)
-        blocks = np.zeros((1, m.dims.blocks_per_seq), np.int32)
-        held = []
+        held = [Held() for _ in engine.limits.groups]
         try:
-            for i in range(-(-len(ids) // size)):
-                held.append(engine.pool.allocate())
-                blocks[0, i] = held[-1]
+            for group, each in zip(engine.limits.groups, held):
+                for _ in range(1 if group.recurrent else -(-len(ids) // size)):
+                    each.blocks.append(tuple(engine.pool.allocate() for _ in range(group.tables)))
+            tables, pages = fill_tables(engine.limits.groups, [held], m.dims.blocks_per_seq)
             chunk = min(m.dims.rows, m.dims.tokens)
             for begin in range(0, len(ids), chunk):
                 pos = np.arange(begin, min(begin + chunk, len(ids)), dtype=np.int32)
-                slots = (blocks[0][pos // size] * size + pos % size).astype(np.int32)
+                slots = tables[:, 0, pos // size] * size + pos % size
                 batch = StepBatch(tokens=ids[pos], positions=pos, slots=slots, seq_starts=np.array([0, len(pos)], np.int32),
-                                  kv_lens=pos[-1:] + 1, block_tables=blocks,
+                                  kv_lens=pos[-1:] + 1, block_tables=tables, pages=pages,
                                   logit_rows=np.arange(len(pos), dtype=np.int32))
                 out[pos] = np.asarray(self.device.step(batch))
         finally:
-            for block in held:
+            for block in (b for each in held for blocks in each for b in blocks):
                 engine.pool.release(block)
         return out
 
@@ -162,7 +163,9 @@ class LLM:
 def default_memory(m: Manifest) -> int:
     """The memory budget in bytes when none is given."""
     mem = m.memory
-    useful = m.dims.seqs * m.dims.blocks_per_seq * mem.bytes_per_block
+    groups = [Group.of(g) for g in m.state.groups]
+    each = sum(g.most(m.model.max_model_len, m.dims.tokens, m.state.block_tokens) for g in groups)
+    useful = m.dims.seqs * each * mem.bytes_per_block
     state = min(DEFAULT_STATE_BYTES, _free_memory() // 2, useful)
     fixed = m.files[m.weights.file].bytes + mem.workspace + mem.inputs
     return fixed + max(state, mem.bytes_per_block)

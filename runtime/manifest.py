@@ -15,7 +15,7 @@ from typing import Any, Literal
 from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.records import read, write
 
-SCHEMA = 2
+SCHEMA = 3
 ABI = 2
 ALIGN = 64
 """Alignment in bytes of every buffer, tensor and data section."""
@@ -29,10 +29,6 @@ SEAL, MANIFEST = "SEAL", "manifest.json"
 KERNELS_FILE = "kernels/kernels.so"
 
 Space = Literal["workspace", "weights", "state", "input"]
-InputName = Literal[
-    "dims", "tokens", "positions", "slots", "seq_starts", "kv_lens", "logit_rows", "sharpness", "q_tiles", "d_tiles",
-    "block_tables"
-]
 Driver = Literal["none", "cuda", "hip"]
 
 
@@ -83,25 +79,47 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class StateLayer:
+    """A layer's `bytes` at `offset` of each block of the group's table number `table`.
+
+    `shape` is (heads, k_dim, v_dim) of each token's key and value, or that of a recurrent state.
+    """
+
+    table: int
     offset: int
-    kv_heads: int
-    k_dim: int
-    v_dim: int
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    name: str
-    kind: Literal["paged_kv"]
+    """Layers whose state lives and dies alike, in `tables` tables of blocks.
+
+    "paged_kv" keeps all keys, "window_kv" those of the last `window` tokens: each of its tables has a block for every
+    `block_tokens` tokens. "recurrent" is of fixed size: each of its tables has one block for a whole sequence.
+    """
+
+    kind: Literal["paged_kv", "window_kv", "recurrent"]
+    window: int
+    tables: int
     layers: tuple[StateLayer, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class State:
+    """All state: blocks of one size, each of which serves any table of any group."""
+
     block_tokens: int
     bytes_per_block: int
     groups: tuple[StateGroup, ...]
+
+    @property
+    def kv_tables(self) -> int:
+        return sum(g.tables for g in self.groups if g.kind != "recurrent")
+
+    @property
+    def recurrent_tables(self) -> int:
+        return sum(g.tables for g in self.groups if g.kind == "recurrent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +198,7 @@ class Arg:
 
     space: Space
     offset: int | None = None
-    name: InputName | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,18 +280,22 @@ def loads(data: bytes) -> Manifest:
     return manifest
 
 
-def inputs_layout(dims: Dims, tiles: Tiles) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+def inputs_layout(dims: Dims, tiles: Tiles, state: State) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
     """Where each int32 step input lies: {name: (byte offset, shape at its largest)} and the bytes of all.
 
     `sharpness` is float32: 1 / temperature of each row of logits.
     `dims` holds the counts of `DIMS`. q_tiles and d_tiles hold one (sequence, first token, count) per attention
-    tile; each sequence adds at most one tile that is not full. block_tables comes last, for it may be long.
+    tile; each sequence adds at most one tile that is not full. There are slots and block_tables for each table of keys
+    and values (slots, slots1, ...), and pages (the block to read, the block to write) for each recurrent one.
+    block_tables come last, for they may be long.
     """
     tokens, seqs, rows = dims.tokens, dims.seqs, dims.rows
     shapes: dict[str, tuple[int, ...]] = {
-        "dims": (8,), "tokens": (tokens,), "positions": (tokens,), "slots": (tokens,), "seq_starts": (seqs + 1,),
-        "kv_lens": (seqs,), "logit_rows": (rows,), "sharpness": (rows,), "q_tiles": (tokens // tiles.prefill + seqs, 3),
-        "d_tiles": (seqs, 3), "block_tables": (seqs, dims.blocks_per_seq),
+        "dims": (8,), "tokens": (tokens,), "positions": (tokens,), "seq_starts": (seqs + 1,), "kv_lens": (seqs,),
+        **{f"slots{i or ''}": (tokens,) for i in range(state.kv_tables)},
+        **{f"pages{i or ''}": (seqs, 2) for i in range(state.recurrent_tables)},
+        "logit_rows": (rows,), "sharpness": (rows,), "q_tiles": (tokens // tiles.prefill + seqs, 3), "d_tiles": (seqs, 3),
+        **{f"block_tables{i or ''}": (seqs, dims.blocks_per_seq) for i in range(state.kv_tables)},
     }
     layout, offset = {}, 0
     for name, shape in shapes.items():
@@ -305,7 +327,8 @@ def _problems(m: Manifest) -> Iterator[str]:
         yield f"weights.data_offset must be a positive multiple of {ALIGN}, got {m.weights.data_offset}"
     if m.weights.bytes < 0:
         yield "weights.bytes must not be negative"
-    needed = inputs_layout(m.dims, m.tiles)[1]
+    yield from _state_problems(m.state)
+    layout, needed = inputs_layout(m.dims, m.tiles, m.state)
     if m.memory.inputs < needed:
         yield f"memory.inputs is {m.memory.inputs}, but the step inputs of these dims take {needed} bytes"
     out = m.output
@@ -341,7 +364,20 @@ def _problems(m: Manifest) -> Iterator[str]:
             where = f"plan[{i}].args[{j}]"
             if (arg.offset is None) == (arg.name is None):
                 yield f"{where} must have either an offset or a name"
+            elif arg.name is not None and arg.name not in layout:
+                yield f"{where}.name {arg.name!r} is no step input; there are: {', '.join(layout)}"
             elif arg.name is not None and arg.space != "input":
                 yield f"{where}.name goes only with space 'input', got {arg.space!r}"
             elif arg.offset is not None and not 0 <= arg.offset <= sizes[arg.space]:
                 yield f"{where}.offset {arg.offset} is outside the {sizes[arg.space]} bytes of {arg.space}"
+
+
+def _state_problems(state: State) -> Iterator[str]:
+    for i, group in enumerate(state.groups):
+        if group.tables < 1 or (group.kind == "window_kv") != (group.window > 0) or group.window < 0:
+            yield f"state.groups[{i}] must have tables >= 1, and a window > 0 if it is window_kv, else 0"
+        for j, layer in enumerate(group.layers):
+            if not 0 <= layer.table < group.tables or layer.offset < 0 or layer.bytes < 1:
+                yield f"state.groups[{i}].layers[{j}] is in table {layer.table} of {group.tables}, at {layer.offset}"
+            if layer.offset + layer.bytes > state.bytes_per_block:
+                yield f"state.groups[{i}].layers[{j}] leaves its block of {state.bytes_per_block} bytes"

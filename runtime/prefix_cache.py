@@ -11,35 +11,72 @@ import struct
 from collections.abc import Sequence
 
 from inferloom.runtime.blocks import BlockPool
+from inferloom.runtime.state import ALL_KEYS, Group, Held
 
 
 class PrefixCache:
-    """Finds and records the full blocks of token sequences in a pool."""
+    """Finds and records the state of full blocks of token sequences in a pool, group by group."""
 
-    def __init__(self, pool: BlockPool, block_tokens: int, salt: bytes) -> None:
-        self.pool, self.block_tokens = pool, block_tokens
+    def __init__(self, pool: BlockPool, block_tokens: int, salt: bytes, groups: Sequence[Group] = ALL_KEYS) -> None:
+        self.pool, self.block_tokens, self.groups = pool, block_tokens, tuple(groups)
         self._root = hashlib.sha256(b"inferloom prefix\0" + salt).digest()
         self.queries = self.hits = 0
 
     def key(self, parent: bytes | None, tokens: Sequence[int]) -> bytes:
-        """The key of a full block of `tokens` that follows the block with key `parent`."""
+        """The hash of a full block of `tokens` that follows the block with hash `parent`."""
         return hashlib.sha256((parent or self._root) + struct.pack(f"<{len(tokens)}i", *tokens)).digest()
 
-    def take(self, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
-        """Retain the cached blocks that `tokens` starts with; the last token is always left to compute.
+    def take(self, tokens: Sequence[int]) -> tuple[list[Held], list[bytes]]:
+        """Retain what is cached of the longest prefix of `tokens` from which each group can go on; the last token is
+        always left to compute.
 
-        Returns the blocks and their keys.
+        Returns what is held of each group, and the hashes of the prefix's blocks.
         """
-        size, blocks, keys = self.block_tokens, [], list[bytes]()
+        keys = self._chain(tokens)
+        while keys and not self._resumes(keys):
+            keys.pop()
+        held = [self._held(number, group, keys) for number, group in enumerate(self.groups)]
+        for each in held:
+            for blocks in each:
+                for block in blocks:
+                    self.pool.retain(block)
+        return held, keys
+
+    def _chain(self, tokens: Sequence[int]) -> list[bytes]:
+        """Hashes of the full blocks before the last token, as far as groups that keep all keys have them."""
+        size, keys = self.block_tokens, list[bytes]()
+        whole = [i for i, g in enumerate(self.groups) if not g.recurrent and not g.window]
         for start in range(0, len(tokens) - size, size):
             key = self.key(keys[-1] if keys else None, tokens[start:start + size])
-            block = self.pool.lookup(key)
-            if block is None:
+            if any(self.pool.lookup((i, key)) is None for i in whole):
                 break
-            self.pool.retain(block)
-            blocks.append(block)
             keys.append(key)
-        return blocks, keys
+        return keys
+
+    def _resumes(self, keys: list[bytes]) -> bool:
+        """Whether every other group has what the token after these blocks needs."""
+        for number, group in enumerate(self.groups):
+            needed = keys[-1:] if group.recurrent else keys[self._first(group, keys):] if group.window else []
+            if any(self.pool.lookup((number, key)) is None for key in needed):
+                return False
+        return True
+
+    def _first(self, group: Group, keys: list[bytes]) -> int:
+        return group.first(len(keys) * self.block_tokens, self.block_tokens)
+
+    def _held(self, number: int, group: Group, keys: list[bytes]) -> Held:
+        if group.recurrent:
+            return Held([self.pool.lookup((number, key)) for key in keys[-1:]])
+        first = self._first(group, keys)
+        return Held([None if i < first else self.pool.lookup((number, key)) for i, key in enumerate(keys)])
+
+    def record(self, held: Sequence[Held], at: int, key: bytes, computed: int) -> None:
+        """Block `at`, with this hash, is full; a recurrent state is recorded if it is the one at the block's end."""
+        for number, (group, each) in enumerate(zip(self.groups, held, strict=True)):
+            index = 0 if group.recurrent else at
+            blocks = each.blocks[index] if index < len(each.blocks) else None
+            if blocks is not None and (not group.recurrent or computed == (at + 1) * self.block_tokens):
+                self.pool.register(blocks, (number, key))
 
     def count(self, queried: int, hit: int) -> None:
         """Count tokens of a sequence that was started, for statistics."""

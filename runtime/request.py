@@ -6,20 +6,21 @@ from dataclasses import dataclass, field
 
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.state import Held
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One sample of a request: its tokens, and which of them are in the cache.
 
-    `computed` tokens have state in `blocks`; `keys` are the cache keys of the full ones among them.
+    `computed` tokens have state in what is `held` of each group; `keys` are the hashes of the full blocks among them.
     """
 
     request: Request
     index: int
     tokens: list[int]
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None

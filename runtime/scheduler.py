@@ -3,6 +3,8 @@
 Continuous batching: every step holds the next token of all running sequences, and as much of the prompts as the
 token budget leaves room for (chunked prefill). When blocks run out, the sequence that is last in line gives back
 all of its blocks and is computed again later; what it had cached may still be there then.
+
+A recurrent state can be cached only where a step ends, so with one, prompts are cut at the ends of blocks.
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ from dataclasses import dataclass
 from inferloom.runtime.blocks import BlockPool
 from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.request import Sequence
+from inferloom.runtime.state import ALL_KEYS, Blocks, Group, Held
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step, and one sequence, may hold at most."""
+    """What one step, and one sequence, may hold at most; the groups of state that a sequence has."""
 
     tokens: int
     seqs: int
     blocks_per_seq: int
     block_tokens: int
     max_model_len: int
+    groups: tuple[Group, ...] = ALL_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.copies: list[tuple[int, int]] = []
         self.preemptions = 0
+        self.recurrent = any(g.recurrent for g in limits.groups)
 
     @staticmethod
     def _rank(sequence: Sequence) -> tuple[int, int, int]:
@@ -72,7 +77,7 @@ class Scheduler:
         for sequence in list(self.running):
             missing = len(sequence.tokens) - sequence.computed
             decoding -= missing == 1
-            count = min(missing, budget if missing == 1 else budget - decoding)
+            count = self._cut(sequence, min(missing, budget if missing == 1 else budget - decoding))
             if sequence not in self.running or count < 1:
                 continue  # preempted by one before it, or no room left
             if self._grow(sequence, count):
@@ -84,10 +89,16 @@ class Scheduler:
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
-            count = min(len(sequence.tokens) - sequence.computed, budget)
+            count = self._cut(sequence, min(len(sequence.tokens) - sequence.computed, budget))
             work.append(Work(sequence, count))
             budget -= count
         return work
+
+    def _cut(self, sequence: Sequence, count: int) -> int:
+        """At most `count` tokens, up to the last end of a block if a state is to be cached there."""
+        size, end = self.limits.block_tokens, sequence.computed + count
+        whole = end // size * size - sequence.computed
+        return whole if self.recurrent and self.cache is not None and whole > 0 else count
 
     def finish(self, work: list[Work]) -> None:
         """Record that the step's tokens are computed, and cache the blocks that became full."""
@@ -95,11 +106,15 @@ class Scheduler:
         for item in work:
             sequence = item.sequence
             sequence.computed += item.count
+            for held in sequence.held:
+                if held.next is not None:
+                    self._give_back(held.blocks)
+                    held.blocks, held.next = [held.next], None
             while self.cache is not None and (len(sequence.keys) + 1) * size <= sequence.computed:
                 at = len(sequence.keys)
                 key = self.cache.key(sequence.keys[-1] if at else None, sequence.tokens[at * size:(at + 1) * size])
                 sequence.keys.append(key)
-                self.pool.register(sequence.blocks[at], key)
+                self.cache.record(sequence.held, at, key, sequence.computed)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Further samples of a request wait for one that is computing the prompt that they will share."""
@@ -108,42 +123,52 @@ class Scheduler:
                 and any(s.request is sequence.request and s.computed < prompt for s in self.running))
 
     def _donor(self, sequence: Sequence) -> Sequence | None:
-        """A running sample of the same request that has computed the prompt."""
+        """A running sample of the same request that still has all that computing the prompt's last token needs."""
         prompt = len(sequence.request.prompt_ids)
-        return next((s for s in self.running if s.request is sequence.request and s.computed >= prompt), None)
+        if self.recurrent:  # its state has gone on
+            return None
+        needed = [g.first(prompt - 1, self.limits.block_tokens) for g in self.limits.groups]
+        return next((s for s in self.running if s.request is sequence.request and s.computed >= prompt
+                     and all(None not in h.blocks[n:] for h, n in zip(s.held, needed, strict=True))), None)
 
-    def _fork(self, sequence: Sequence, donor: Sequence) -> int:
-        """Share the donor's full blocks of the prompt but its last token; the tokens of the part block to copy."""
+    def _fork(self, sequence: Sequence, donor: Sequence) -> tuple[int, int]:
+        """Share the donor's full blocks of the prompt but its last token; their number, and the tokens that are left."""
         whole, part = divmod(len(sequence.request.prompt_ids) - 1, self.limits.block_tokens)
-        sequence.blocks, sequence.keys = donor.blocks[:whole], donor.keys[:whole]
-        for block in sequence.blocks:
-            self.pool.retain(block)
-        return part
+        sequence.held, sequence.keys = [Held(h.blocks[:whole]) for h in donor.held], donor.keys[:whole]
+        for held in sequence.held:
+            for blocks in held:
+                for block in blocks:
+                    self.pool.retain(block)
+        return whole, part
 
     def _start(self, sequence: Sequence, budget: int) -> bool:
         """Give a waiting sequence its cached blocks and room for its first tokens, or nothing."""
-        donor, part = (self._donor(sequence) if sequence.generated == 0 else None), 0
+        donor, shared, part = (self._donor(sequence) if sequence.generated == 0 else None), 0, 0
         if donor is not None:
-            part = self._fork(sequence, donor)
+            shared, part = self._fork(sequence, donor)
         elif self.cache is not None:
-            sequence.blocks, sequence.keys = self.cache.take(sequence.tokens)
-        shared = len(sequence.blocks)
+            sequence.held, sequence.keys = self.cache.take(sequence.tokens)
+            shared = len(sequence.keys)
+        else:
+            sequence.held = [Held() for _ in self.limits.groups]
         sequence.computed = shared * self.limits.block_tokens + part
         if sequence.generated == 0:
             sequence.request.cached_tokens = max(sequence.request.cached_tokens, sequence.computed)
-        count = min(len(sequence.tokens) - sequence.computed, budget)
+        count = self._cut(sequence, min(len(sequence.tokens) - sequence.computed, budget))
         if self._missing(sequence, count) > self.pool.available:
             self._release(sequence)
             return False
         self._extend(sequence, count)
         if donor is not None and part:  # copy on write: the block will take the sample's own tokens
-            self.copies.append((donor.blocks[shared], sequence.blocks[shared]))
+            self.copies += [pair for mine, theirs in zip(sequence.held, donor.held, strict=True)
+                            for pair in zip(theirs.blocks[shared] or (), mine.blocks[shared] or (), strict=True)]
         elif donor is None and self.cache is not None:
             self.cache.count(len(sequence.tokens), sequence.computed)
         return True
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Room for `count` more tokens, taken from the last in line if need be; False: it was itself the last."""
+        self._forget(sequence)
         while self._missing(sequence, count) > self.pool.available:
             victim = max(self.running, key=self._rank)
             self._preempt(victim)
@@ -158,20 +183,46 @@ class Scheduler:
         self._release(victim)
         self.add(victim)
 
+    def _forget(self, sequence: Sequence) -> None:
+        """Give back blocks that no token from here on sees."""
+        for group, held in zip(self.limits.groups, sequence.held, strict=True):
+            first = min(group.first(sequence.computed, self.limits.block_tokens), len(held.blocks))
+            self._give_back(held.blocks[:first])
+            held.blocks[:first] = [None] * first
+
     def _missing(self, sequence: Sequence, count: int) -> int:
-        return -(-(sequence.computed + count) // self.limits.block_tokens) - len(sequence.blocks)
+        """Blocks that a step over `count` tokens needs besides those that are held."""
+        return sum(self._more(g, h, sequence, count) * g.tables for g, h in zip(self.limits.groups, sequence.held, strict=True))
+
+    def _more(self, group: Group, held: Held, sequence: Sequence, count: int) -> int:
+        if not group.recurrent:
+            return -(-(sequence.computed + count) // self.limits.block_tokens) - len(held.blocks)
+        # A state that others may find is read, but the new one goes elsewhere.
+        (now,) = held.blocks or [None]
+        return int(now is None or any(self.pool.is_cached(b) or self.pool.references(b) > 1 for b in now))
 
     def _extend(self, sequence: Sequence, count: int) -> None:
-        sequence.blocks += [self.pool.allocate() for _ in range(self._missing(sequence, count))]
+        for group, held in zip(self.limits.groups, sequence.held, strict=True):
+            for _ in range(self._more(group, held, sequence, count)):
+                made: Blocks = tuple(self.pool.allocate() for _ in range(group.tables))
+                if group.recurrent and held.blocks:
+                    held.next = made
+                else:
+                    held.blocks.append(made)
+
+    def _give_back(self, blocks: list[Blocks | None]) -> None:
+        for each in blocks:
+            for block in each or ():
+                self.pool.release(block)
 
     def _release(self, sequence: Sequence) -> None:
-        # Last block first, so that the start of a prefix outlives its end in the cache.
-        for block in reversed(sequence.blocks):
-            self.pool.release(block)
-        sequence.blocks, sequence.keys, sequence.computed = [], [], 0
+        for held in sequence.held:
+            # Last block first, so that the start of a prefix outlives its end in the cache.
+            self._give_back([held.next, *reversed(held.blocks)])
+        sequence.held, sequence.keys, sequence.computed = [], [], 0
 
     def check_integrity(self) -> None:
         """Raise ValueError unless blocks, queues and counts agree."""
-        if any(s.blocks for s in self.waiting):
+        if any(s.held for s in self.waiting):
             raise ValueError("a waiting sequence holds blocks")
-        self.pool.check_integrity(b for s in self.running for b in s.blocks)
+        self.pool.check_integrity(b for s in self.running for held in s.held for blocks in held for b in blocks)

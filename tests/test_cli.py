@@ -21,14 +21,14 @@ from inferloom.cli.options import parse_bytes, parse_counts
 from inferloom.errors import MissingExtraError, UsageError
 
 MANIFEST: dict[str, Any] = {
-    "schema": 2, "abi": 2, "versions": {"inferloom": "0"},
+    "schema": 3, "abi": 2, "versions": {"inferloom": "0"},
     "model": {"name": "toy", "architecture": "ToyForCausalLM", "vocab_size": 8, "max_model_len": 64,
               "eos_token_ids": [1], "bos_token_id": None, "dtype": "bf16"},
     "chip": {"name": "x86-64-v3", "triple": "x86_64-linux-gnu", "features": ["avx2"], "driver": "none", "arch": ""},
     "dims": {"tokens": 64, "seqs": 4, "rows": 4, "blocks_per_seq": 2},
     "state": {"block_tokens": 32, "bytes_per_block": 2 * 2 * 32 * 32 * 2,
-              "groups": [{"name": "kv", "kind": "paged_kv", "dtype": "bf16",
-                          "layers": [{"offset": i, "kv_heads": 2, "k_dim": 16, "v_dim": 16} for i in range(2)]}]},
+              "groups": [{"kind": "paged_kv", "window": 0, "tables": 1, "layers": [
+                  {"table": 0, "offset": 4096 * i, "bytes": 4096, "dtype": "bf16", "shape": [2, 16, 16]} for i in range(2)]}]},
     "memory": {"weights": 1000, "workspace": 200, "inputs": 24, "bytes_per_block": 8192},
     "output": {"name": "logits", "offset": 0, "ld": 16, "vocab": 8, "top": None},
     "kernels": [{"symbol": "k0_matmul", "kind": "matmul", "source": ["m/a.py:3", "m/a.py:7"],

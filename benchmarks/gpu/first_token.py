@@ -63,7 +63,7 @@ def main(folder: Path) -> dict[str, float]:
             at, turn = at + count, turn + 1
     os.unlink(path)
     lap("weights")
-    layout, mirror = inputs_layout(m.dims, m.tiles)[0], gpu.pinned(m.memory.inputs)
+    layout, mirror = inputs_layout(m.dims, m.tiles, m.state)[0], gpu.pinned(m.memory.inputs)
     launches = (Launch * len(m.plan))()
     for slot, call in zip(launches, m.plan):
         kernel = m.kernels[call.kernel]
@@ -76,7 +76,7 @@ def main(folder: Path) -> dict[str, float]:
         for i, arg in enumerate(call.args):
             slot.args[i] = regions[arg.space] + (layout[arg.name][0] if arg.name else arg.offset or 0)
     ids = np.arange(16, dtype=np.int32)
-    batch = StepBatch(ids, ids, ids, np.array([0, 16], np.int32), np.array([16], np.int32), np.array([[0]], np.int32),
+    batch = StepBatch(ids, ids, ids[None], np.array([0, 16], np.int32), np.array([16], np.int32), np.array([[[0]]], np.int32),
                       np.array([15], np.int32))
     dims = fill_inputs(batch, m, input_views(m, mirror))
     gpu.upload(regions["input"], mirror.ctypes.data, mirror.size)

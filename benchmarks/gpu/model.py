@@ -40,7 +40,7 @@ class Model:
         about = json.loads((folder / "buffers.json").read_text())
         self.config, self._buffers = about["config"], about["buffers"]
         self._nodes, self._sources = self.graph.producers(), {p.value: p for p in self.graph.params}
-        self.layout = inputs_layout(m.dims, m.tiles)[0]
+        self.layout = inputs_layout(m.dims, m.tiles, m.state)[0]
         sizes = {"weights": m.memory.weights, "workspace": m.memory.workspace, "input": m.memory.inputs,
                  "state": blocks * m.state.bytes_per_block}
         # Of 255s, floats are NaN.
@@ -185,5 +185,5 @@ def batch(counts: Sequence[int], lens: Sequence[int], tables: np.ndarray, tokens
     seq = np.repeat(np.arange(len(counts)), counts)
     slots = tables[seq, positions // block_tokens] * block_tokens + positions % block_tokens
     wanted = np.asarray(starts[1:] - 1 if rows is None else rows, np.int32)
-    return StepBatch(tokens.astype(np.int32), positions, slots.astype(np.int32), starts, np.asarray(lens, np.int32),
-                     np.ascontiguousarray(tables, np.int32), wanted)
+    return StepBatch(tokens.astype(np.int32), positions, slots.astype(np.int32)[None], starts, np.asarray(lens, np.int32),
+                     np.ascontiguousarray(tables[None], np.int32), wanted)

@@ -1,58 +1,100 @@
-"""page-state: make each attention's keys and values explicit, paged state.
+"""page-state: make what layers keep between steps explicit.
 
 Before: `%o = flex_attention %q, %k, %v {slot=0, ...}`
-After:  `%s1 = kv_write %kv0, %k, %v, %slots; %o = paged_attention %q, %s1, %seq_starts, %kv_lens, %block_tables {...}`
+After:  `%s1 = kv_write %state0, %k, %v, %slots; %o = paged_attention %q, %s1, %seq_starts, %kv_lens, %block_tables {...}`
 
-The graph gains the inputs slots, seq_starts, kv_lens, block_tables and one state per attention, and returns the
-new states after its outputs.
+Before: `%y = causal_conv1d %x, %w {slot=1}`
+After:  `%y, %s1 = paged_causal_conv1d %state1, %seq_starts, %kv_lens, %pages, %x, %w`
+
+The graph gains the inputs slots, seq_starts, kv_lens, block_tables, pages (those it needs) and one state per slot, and
+returns the new states after its outputs. Where states lie in several tables (compiler/state.py), the inputs of table 1
+are slots1 and block_tables1, and so on. Keys that no later query can see are not kept: that window is what the largest
+distance between a query and the first key it sees makes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from inferloom.compiler.report import Report
+from inferloom.compiler.state import need, plan_state, window_of
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
-from inferloom.ir.types import DType, StateType, Sym, TensorType
+from inferloom.ir.ops.recurrent import PAGED as PAGED_OP
+from inferloom.ir.ops.recurrent import STATE_OF
+from inferloom.ir.types import DType, RecurrentType, StateType, Sym, TensorType
 
 NAME = "page-state"
 
 
 def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: int, blocks_per_seq: int) -> Graph:
+    stateful = [n for n in graph.nodes if n.op == "flex_attention" or n.op in STATE_OF]
+    types = {slot_of(n): _state_type(n, dtype, block_tokens) for n in stateful}
+    if len(types) != len(stateful):
+        raise UnsupportedError(f"two layers claim one state slot: {', '.join(n.loc for n in stateful)}")
+    longest = block_tokens * blocks_per_seq
+    windows = {slot_of(n): window_of(n.attrs["first"], longest) for n in stateful if n.op == "flex_attention"}
+    placed = plan_state([need(types[slot], windows.get(slot, 0)) for slot in sorted(types)])
+    order = sorted(types)
+    table = {slot: placed.places[i].table for i, slot in enumerate(order)}
     tokens = next(v.type.shape[0] for v in graph.inputs if v.name == "tokens" and isinstance(v.type, TensorType))
-    seq = Sym("seqs", seqs)
-    slots = Value(TensorType(DType.I32, (tokens,)), "slots")
-    seq_starts = Value(TensorType(DType.I32, (seq + 1,)), "seq_starts")
-    kv_lens = Value(TensorType(DType.I32, (seq,)), "kv_lens")
-    block_tables = Value(TensorType(DType.I32, (seq, blocks_per_seq)), "block_tables")
-    states: dict[int, Value] = {}
+    inputs = _Inputs(Sym("seqs", seqs))
+    states = {slot: Value(types[slot], f"state{slot}") for slot in order}
     written: list[Value] = []
 
     def visit(builder: Builder, node: Node, operands: tuple[Value | None, ...]) -> Sequence[Value] | None:
-        if node.op != "flex_attention":
+        if node.op != "flex_attention" and node.op not in STATE_OF:
             return None
-        q, k, v, *tables = operands
-        slot = int(str(node.attrs["slot"]))
-        if slot in states or not isinstance(k, Value) or not isinstance(v, Value):
-            raise UnsupportedError(f"{node.loc}: two attentions claim state slot {slot}")
-        (_, heads, k_dim), (_, _, v_dim) = _shape(k), _shape(v)
-        states[slot] = Value(StateType(dtype, heads, k_dim, v_dim, block_tokens), f"kv{slot}")
-        new = builder.emit("kv_write", states[slot], k, v, slots, loc=node.loc)
-        written.append(new)
+        slot = slot_of(node)
         attrs = {name: value for name, value in node.attrs.items() if name != "slot"}
-        return builder.emit_node("paged_attention", (q, new, seq_starts, kv_lens, block_tables, *tables), attrs,
+        if node.op in STATE_OF:
+            pages = inputs.get("pages", table[slot], (inputs.seqs, 2))
+            made = builder.emit_node(PAGED_OP + node.op, (states[slot], *inputs.ragged(), pages, *operands), attrs, node.loc)
+            written.append(made.results[1])
+            return made.results[:1]
+        q, k, v, *extra = operands
+        slots = inputs.get("slots", table[slot], (tokens,))
+        written.append(builder.emit("kv_write", states[slot], k, v, slots, loc=node.loc))
+        tables = inputs.get("block_tables", table[slot], (inputs.seqs, blocks_per_seq))
+        return builder.emit_node("paged_attention", (q, written[-1], *inputs.ragged(), tables, *extra), attrs,
                                  node.loc).results
 
     # Inputs are only known after the walk, and the walk maps only known inputs, so they are added at the end.
     paged = rewrite(graph, visit)
-    added = (slots, seq_starts, kv_lens, block_tables) if states else ()
-    return Graph(graph.name, (*paged.inputs, *added, *(states[s] for s in sorted(states))), paged.params,
-                 paged.nodes, (*paged.outputs, *written))
+    return Graph(graph.name, (*paged.inputs, *inputs.made.values(), *states.values()), paged.params, paged.nodes,
+                 (*paged.outputs, *written))
 
 
-def _shape(value: Value) -> tuple[int, int, int]:
-    shape = value.type.shape if isinstance(value.type, TensorType) else ()
+@dataclass(slots=True)
+class _Inputs:
+    """The step's inputs that say where state lies, made when first asked for."""
+
+    seqs: Sym
+    made: dict[str, Value] = field(default_factory=dict)
+
+    def get(self, name: str, table: int, shape: tuple[object, ...]) -> Value:
+        name = f"{name}{table or ''}"
+        return self.made.setdefault(name, Value(TensorType(DType.I32, shape), name))  # type: ignore[arg-type]
+
+    def ragged(self) -> tuple[Value, Value]:
+        return self.get("seq_starts", 0, (self.seqs + 1,)), self.get("kv_lens", 0, (self.seqs,))
+
+
+def slot_of(node: Node) -> int:
+    return int(str(node.attrs["slot"]))
+
+
+def _state_type(node: Node, dtype: DType, block_tokens: int) -> StateType | RecurrentType:
+    if node.op in STATE_OF:
+        attrs = {name: value for name, value in node.attrs.items() if name != "slot"}
+        return STATE_OF[node.op](*(None if v is None else v.type for v in node.operands), **attrs)
+    (_, heads, k_dim), (_, _, v_dim) = (_shape(v) for v in node.operands[1:3])
+    return StateType(dtype, heads, k_dim, v_dim, block_tokens)
+
+
+def _shape(value: Value | None) -> tuple[int, int, int]:
+    shape = value.type.shape if value is not None and isinstance(value.type, TensorType) else ()
     if len(shape) != 3 or not isinstance(shape[1], int) or not isinstance(shape[2], int):
-        raise UnsupportedError(f"keys and values must be [tokens, heads, dim], got {value.type}")
+        raise UnsupportedError(f"keys and values must be [tokens, heads, dim], got {value!r}")
     return 0, shape[1], shape[2]

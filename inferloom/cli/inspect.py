@@ -54,31 +54,42 @@ def inspect(
 def contract(manifest: dict[str, Any], budget: int | None = None) -> dict[str, Any]:
     """The memory contract in bytes, with the arithmetic as text; `blocks` only for a budget.
 
-    Fixed memory is weights + workspace + inputs; all else is blocks, each holding `block_tokens` tokens of the
-    state of all layers.
+    Fixed memory is weights + workspace + inputs; all else is blocks of state. `state` says how many of them a group of
+    layers takes for every `block_tokens` tokens, or for a sequence.
     """
     memory, state = manifest["memory"], manifest["state"]
     weights = weights_in_memory(manifest)
     fixed = weights + memory["workspace"] + memory["inputs"]
-    terms = []
-    for group in state["groups"]:
-        size = ITEMSIZE.get(group["dtype"], 0)
-        shapes = Counter((x["kv_heads"], x["k_dim"], x["v_dim"]) for x in group["layers"])
-        for (heads, k_dim, v_dim), count in shapes.items():
-            terms.append((f"{count} layers x {heads} heads x {state['block_tokens']} tokens x ({k_dim} + {v_dim}) "
-                          f"x {size} bytes", count * heads * state["block_tokens"] * (k_dim + v_dim) * size))
+    groups = [_group(group, state["block_tokens"]) for group in state["groups"]]
+    # What every further token takes for good: windows and recurrent states stop growing.
+    growing = sum(g["blocks"] for g in groups if g["kind"] == "paged_kv")
     made: dict[str, Any] = {
         "fixed": fixed, "bytes_per_block": memory["bytes_per_block"], "block_tokens": state["block_tokens"],
         "fixed_is": f"weights {weights} + workspace {memory['workspace']} + inputs {memory['inputs']}",
-        "bytes_per_block_is": " + ".join(text for text, _ in terms),
-        "adds_up": sum(count for _, count in terms) == memory["bytes_per_block"],
-        "bytes_per_token": memory["bytes_per_block"] / state["block_tokens"],
+        "state": groups,
+        "adds_up": state["bytes_per_block"] == memory["bytes_per_block"] and all(
+            g["bytes"] <= g["blocks"] * memory["bytes_per_block"] for g in groups),
+        "bytes_per_token": growing * memory["bytes_per_block"] / state["block_tokens"],
     }
     if budget is not None:
         blocks = max(0, (budget - fixed) // memory["bytes_per_block"])
-        made |= {"budget": budget, "blocks": blocks, "tokens": blocks * state["block_tokens"],
+        made |= {"budget": budget, "blocks": blocks, "tokens": blocks // growing * state["block_tokens"] if growing else None,
                  "blocks_are": f"({budget} - {fixed}) // {memory['bytes_per_block']}"}
     return made
+
+
+def _group(group: dict[str, Any], block_tokens: int) -> dict[str, Any]:
+    """A group's blocks per `block_tokens` tokens (or per sequence), the bytes used of them, and what these are."""
+    terms = []
+    for (shape, dtype), count in Counter((tuple(x["shape"]), x["dtype"]) for x in group["layers"]).items():
+        size = ITEMSIZE.get(dtype, 0)
+        if group["kind"] == "recurrent":
+            terms.append(f"{count} layers x {' x '.join(map(str, shape))} x {size} bytes")
+        else:
+            terms.append(f"{count} layers x {shape[0]} heads x {block_tokens} tokens x ({shape[1]} + {shape[2]}) x {size} bytes")
+    per = "sequence" if group["kind"] == "recurrent" else f"{block_tokens} tokens"
+    return {"kind": group["kind"], "window": group["window"], "blocks": group["tables"], "per": per,
+            "bytes": sum(x["bytes"] for x in group["layers"]), "is": " + ".join(terms)}
 
 
 def weights_in_memory(manifest: dict[str, Any]) -> int:
@@ -128,10 +139,14 @@ def _show_contract(manifest: dict[str, Any], made: dict[str, Any]) -> None:
     for name, size in sizes.items():
         rows.add_row(name, f"{size:,}", human_bytes(size))
     rows.add_row("fixed", f"{made['fixed']:,}", human_bytes(made["fixed"]))
-    rows.add_row("each block", f"{made['bytes_per_block']:,}", f"= {made['bytes_per_block_is']}")
+    rows.add_row("each block of state", f"{made['bytes_per_block']:,}", human_bytes(made["bytes_per_block"]))
+    for group in made["state"]:
+        kept = f", of the last {group['window']} tokens" if group["window"] else ""
+        blocks = "1 block" if group["blocks"] == 1 else f"{group['blocks']} blocks"
+        rows.add_row(group["kind"], f"{group['bytes']:,}", f"{blocks} per {group['per']}{kept}: {group['is']}")
     if "budget" in made:
-        rows.add_row("budget", f"{made['budget']:,}", f"{made['blocks']} blocks = {made['blocks_are']}: "
-                     f"{made['tokens']:,} tokens of state")
+        tokens = "" if made["tokens"] is None else f": {made['tokens']:,} tokens of state"
+        rows.add_row("budget", f"{made['budget']:,}", f"{made['blocks']} blocks = {made['blocks_are']}{tokens}")
     out.print()
     out.print(rows)
 

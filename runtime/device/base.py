@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
@@ -14,16 +14,18 @@ from inferloom.runtime.manifest import DIMS, Manifest, Tiles, inputs_layout
 from inferloom.runtime.top import TopRows
 
 Int32 = NDArray[np.int32]
-_RAGGED = ("tokens", "positions", "slots", "seq_starts", "kv_lens", "logit_rows")
+_RAGGED = ("tokens", "positions", "seq_starts", "kv_lens", "logit_rows")
+_DIMENSIONS = {"slots": 2, "block_tables": 3, "pages": 3}
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step over T tokens of S sequences, as C-contiguous int32 arrays; R rows of logits come out.
 
-    tokens [T], positions [T], slots [T] (block * block_tokens + offset in it: where the token's state goes),
-    seq_starts [S + 1] (first token of each sequence, then T), kv_lens [S] (tokens after this step),
-    block_tables [S, blocks_per_seq or fewer], logit_rows [R] (indices of tokens). `sharpness` f32 [R] is
+    tokens [T], positions [T], seq_starts [S + 1] (first token of each sequence, then T), kv_lens [S] (tokens after this
+    step), logit_rows [R] (indices of tokens). For each of the K tables of keys and values, slots [K, T]
+    (block * block_tokens + offset in it: where the token's state goes) and block_tables [K, S, blocks_per_seq or fewer];
+    for each of the N recurrent ones pages [N, S, 2] (the block to read, the block to write). `sharpness` f32 [R] is
     1 / temperature of each row, for what a device finds out about it; 1 if not given.
     """
 
@@ -34,6 +36,7 @@ class StepBatch:
     kv_lens: Int32
     block_tables: Int32
     logit_rows: Int32
+    pages: Int32 = field(default_factory=lambda: np.zeros((0, 0, 2), np.int32))
     sharpness: NDArray[np.float32] | None = None
 
 
@@ -90,23 +93,25 @@ def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
 
     Kernels trust their inputs: whatever passes here must touch no memory but its own.
     """
-    for field in fields(batch):
-        if field.name == "sharpness":
-            continue
-        array, ndim = getattr(batch, field.name), 2 if field.name == "block_tables" else 1
+    for name in (f.name for f in fields(batch) if f.name != "sharpness"):
+        array, ndim = getattr(batch, name), _DIMENSIONS.get(name, 1)
         if not isinstance(array, np.ndarray) or array.dtype != np.int32 or array.ndim != ndim:
-            raise RequestError(f"step: {field.name} must be an int32 array of {ndim} dimension(s)")
+            raise RequestError(f"step: {name} must be an int32 array of {ndim} dimension(s)")
         if not array.flags.c_contiguous:
-            raise RequestError(f"step: {field.name} must be C-contiguous")
-    dims, block_tokens = manifest.dims, manifest.state.block_tokens
-    count, seqs, width = len(batch.tokens), len(batch.kv_lens), batch.block_tables.shape[1]
+            raise RequestError(f"step: {name} must be C-contiguous")
+    dims, state = manifest.dims, manifest.state
+    count, seqs, width = len(batch.tokens), len(batch.kv_lens), batch.block_tables.shape[2] if state.kv_tables else 1
     _within("number of tokens", count, 1, dims.tokens)
     _within("number of sequences", seqs, 1, dims.seqs)
     _within("number of logit rows", len(batch.logit_rows), 0, dims.rows)
     _within("width of block_tables", width, 1, dims.blocks_per_seq)
-    for name, want in (("positions", count), ("slots", count), ("seq_starts", seqs + 1), ("block_tables", seqs)):
+    for name, want in (("positions", count), ("seq_starts", seqs + 1)):
         if len(getattr(batch, name)) != want:
             raise RequestError(f"step: {name} must have {want} entries, got {len(getattr(batch, name))}")
+    for name, shape in (("slots", (state.kv_tables, count)), ("block_tables", (state.kv_tables, seqs, width)),
+                        ("pages", (state.recurrent_tables, seqs, 2))):
+        if shape[0] and getattr(batch, name).shape != shape:
+            raise RequestError(f"step: {name} must be {shape}, got {getattr(batch, name).shape}")
     sharpness = batch.sharpness
     if sharpness is not None and (sharpness.dtype != np.float32 or sharpness.shape != batch.logit_rows.shape):
         raise RequestError("step: sharpness must be float32, one number for each row of logits")
@@ -115,19 +120,22 @@ def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
         raise RequestError(f"step: seq_starts must rise from 0 to {count}, at least one token a sequence")
     _all_within("tokens", batch.tokens, manifest.model.vocab_size)
     _all_within("positions", batch.positions, manifest.model.max_model_len)
-    _all_within("slots", batch.slots, num_blocks * block_tokens)
+    if state.kv_tables:
+        _all_within("slots", batch.slots, num_blocks * state.block_tokens)
+        _all_within("kv_lens", batch.kv_lens, width * state.block_tokens + 1)
+        _all_within("block_tables", batch.block_tables[:, used_blocks(batch, state.block_tokens)], num_blocks)
+    if state.recurrent_tables:
+        _all_within("pages", batch.pages, num_blocks)
     _all_within("logit_rows", batch.logit_rows, count)
-    _all_within("kv_lens", batch.kv_lens, width * block_tokens + 1)
     if (batch.kv_lens < lengths).any():
         raise RequestError("step: kv_lens counts the tokens of this step too, so it cannot be less than their number")
     if (batch.positions >= np.repeat(batch.kv_lens, lengths)).any():
         raise RequestError("step: a position must be below its sequence's kv_lens")
-    _all_within("block_tables", batch.block_tables[used_blocks(batch, block_tokens)], num_blocks)
 
 
 def used_blocks(batch: StepBatch, block_tokens: int) -> NDArray[np.bool_]:
-    """Which entries of block_tables hold tokens, as bool of its shape; the others are never read."""
-    columns = np.arange(batch.block_tables.shape[1], dtype=np.int32)
+    """Which entries [S, blocks_per_seq or fewer] of a block table may be read; the others never are."""
+    columns = np.arange(batch.block_tables.shape[2], dtype=np.int32)
     return columns[None, :] * block_tokens < batch.kv_lens[:, None]
 
 
@@ -159,7 +167,7 @@ def memory_needed(m: Manifest, blocks: int) -> tuple[int, str]:
 
 def input_views(m: Manifest, memory: NDArray[np.uint8]) -> dict[str, Int32]:
     """Arrays over `memory` of the step inputs at their largest, by name."""
-    layout, _ = inputs_layout(m.dims, m.tiles)
+    layout, _ = inputs_layout(m.dims, m.tiles, m.state)
     return {name: np.ndarray(shape, np.int32, memory, offset) for name, (offset, shape) in layout.items()}
 
 
@@ -168,10 +176,15 @@ def fill_inputs(batch: StepBatch, m: Manifest, views: dict[str, Int32]) -> list[
     for name in _RAGGED:
         array = getattr(batch, name)
         views[name][: len(array)] = array
-    seqs, width = batch.block_tables.shape
-    # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block.
-    views["block_tables"][:seqs, :width] = np.where(used_blocks(batch, m.state.block_tokens), batch.block_tables, 0)
-    views["block_tables"][:seqs, width:] = 0
+    seqs = len(batch.kv_lens)
+    for i in range(m.state.kv_tables):
+        table, width = views[f"block_tables{i or ''}"], batch.block_tables.shape[2]
+        # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block.
+        table[:seqs, :width] = np.where(used_blocks(batch, m.state.block_tokens), batch.block_tables[i], 0)
+        table[:seqs, width:] = 0
+        views[f"slots{i or ''}"][: len(batch.tokens)] = batch.slots[i]
+    for i in range(m.state.recurrent_tables):
+        views[f"pages{i or ''}"][:seqs] = batch.pages[i]
     q_tiles, d_tiles = make_tiles(batch.seq_starts, m.tiles)
     views["q_tiles"][: len(q_tiles)], views["d_tiles"][: len(d_tiles)] = q_tiles, d_tiles
     counts = [len(batch.tokens), seqs, len(batch.logit_rows), len(q_tiles), len(d_tiles)]

@@ -59,7 +59,7 @@ class GpuDevice:
                 useful = memory_needed(m, m.dims.seqs * m.dims.blocks_per_seq)[0]
                 self.num_blocks = plan_blocks(m, None, min(info.free // 10 * 9, useful))
             self._check_memory(info)
-            self._layout = inputs_layout(m.dims, m.tiles)[0]
+            self._layout = inputs_layout(m.dims, m.tiles, m.state)[0]
             sizes = {"weights": m.weights.bytes, "workspace": m.memory.workspace, "input": m.memory.inputs,
                      "state": self.num_blocks * m.state.bytes_per_block}
             for space, size in sizes.items():
@@ -174,7 +174,8 @@ class GpuDevice:
         offset, _ = self._layout[tiles]
         try:
             self._upload(0, offset + count * 12)
-            self._upload(self._layout["block_tables"][0], dims[1] * m.dims.blocks_per_seq * 4)
+            for i in range(m.state.kv_tables):
+                self._upload(self._layout[f"block_tables{i or ''}"][0], dims[1] * m.dims.blocks_per_seq * 4)
             enqueue(dims)
         except GpuError:
             with suppress(GpuError):  # what was enqueued still reads the inputs

@@ -7,8 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from inferloom.runtime.blocks import BlockPool, OutOfBlocks
+from inferloom.runtime.blocks import BlockPool, Key, OutOfBlocks
 from inferloom.runtime.prefix_cache import PrefixCache
+from inferloom.runtime.state import Held
 
 SIZE = 6
 
@@ -19,7 +20,7 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool, self.held = BlockPool(SIZE), list[int]()
-        self.content: dict[int, bytes] = {}
+        self.content: dict[int, Key] = {}
         self.serial = 0
 
     @rule()
@@ -45,14 +46,14 @@ class PoolMachine(RuleBasedStateMachine):
     def register(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(self.held))
         self.serial += 1
-        self.content[block] = self.serial.to_bytes(4, "big")
-        self.pool.register(block, self.content[block])
+        self.content[block] = 0, self.serial.to_bytes(4, "big")
+        self.pool.register((block,), self.content[block])
 
     @precondition(lambda self: self.content)
     @rule(data=st.data())
     def hit(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(sorted(self.content)))
-        assert self.pool.lookup(self.content[block]) == block
+        assert self.pool.lookup(self.content[block]) == (block,)
         self.pool.retain(block)
         self.held.append(block)
 
@@ -80,6 +81,6 @@ def test_prefixes_are_exact_and_salted() -> None:
     tokens, key = [5, 6, 7, 8, 9], None
     for start in (0, 2):
         key = cache.key(key, tokens[start:start + 2])
-        pool.register(pool.allocate(), key)
-    assert [len(cache.take(t)[0]) for t in (tokens, tokens[:4], [5, 6, 1, 8, 9], [1, 6, 7, 8, 9])] == [2, 1, 1, 0]
-    assert other.take(tokens)[0] == []
+        pool.register((pool.allocate(),), (0, key))
+    assert [len(cache.take(t)[1]) for t in (tokens, tokens[:4], [5, 6, 1, 8, 9], [1, 6, 7, 8, 9])] == [2, 1, 1, 0]
+    assert other.take(tokens) == ([Held()], [])

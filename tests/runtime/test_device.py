@@ -13,8 +13,8 @@ from tests.runtime.toy import VOCAB, toy_library, toy_manifest, write_toy
 
 def batch(**changes: object) -> StepBatch:
     """Two sequences, of 1 and 17 tokens, in blocks 2 and (0, 1); logits of their last tokens."""
-    good = {"tokens": [3] + [1] * 17, "positions": [4, *range(17)], "slots": [36, *range(17)],
-            "seq_starts": [0, 1, 18], "kv_lens": [5, 17], "block_tables": [[2, -1], [0, 1]], "logit_rows": [0, 17]}
+    good = {"tokens": [3] + [1] * 17, "positions": [4, *range(17)], "slots": [[36, *range(17)]],
+            "seq_starts": [0, 1, 18], "kv_lens": [5, 17], "block_tables": [[[2, -1], [0, 1]]], "logit_rows": [0, 17]}
     return StepBatch(**{k: v if isinstance(v, np.ndarray) else np.array(v, np.int32) for k, v in (good | changes).items()})
 
 
@@ -38,7 +38,7 @@ def test_step_runs_the_plan(device):
     logits = device.step(batch())
     assert logits.dtype == np.float32 and logits.shape == (2, VOCAB)
     np.testing.assert_array_equal(logits, expected([3, 1], 3, 3))
-    again = device.step(batch(tokens=[4] * 18, slots=[37, *range(17)], logit_rows=[0]))
+    again = device.step(batch(tokens=[4] * 18, slots=[[37, *range(17)]], logit_rows=[0]))
     np.testing.assert_array_equal(again, expected([4], 7, 3))
     assert device.step(batch(logit_rows=np.zeros(0, np.int32))).shape == (0, VOCAB)
 
@@ -77,7 +77,7 @@ def test_q_tiles():
     assert tiles.tolist() == [[0, 0, 1], [1, 1, 16], [2, 17, 16], [2, 33, 1], [3, 34, 16], [3, 50, 16]]
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch) if f.name != "sharpness"])
+@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch) if f.name not in ("sharpness", "pages")])
 def test_arrays_must_be_plain_int32(device, name):
     good = getattr(batch(), name)
     for bad in (good.astype(np.int64), good[..., None], good.tolist()):
@@ -102,9 +102,9 @@ def test_sharpness_belongs_to_rows(device):
     ({"positions": [0] * 17}, "positions must have 18"),
     ({"positions": [4, *range(16), 32]}, "positions must be 0 to 31"),
     ({"positions": [5, *range(17)]}, "below its sequence's kv_lens"),
-    ({"slots": [0] * 19}, "slots must have 18"),
-    ({"slots": [48] * 18}, "slots must be 0 to 47"),
-    ({"slots": [-1] * 18}, "slots must be 0 to 47"),
+    ({"slots": [[0] * 19]}, r"slots must be \(1, 18\)"),
+    ({"slots": [[48] * 18]}, "slots must be 0 to 47"),
+    ({"slots": [[-1] * 18]}, "slots must be 0 to 47"),
     ({"seq_starts": [0, 18]}, "seq_starts must have 3"),
     ({"seq_starts": [1, 2, 18]}, "rise from 0 to 18"),
     ({"seq_starts": [0, 1, 17]}, "rise from 0 to 18"),
@@ -113,11 +113,11 @@ def test_sharpness_belongs_to_rows(device):
     ({"kv_lens": [5, 16]}, "kv_lens counts"),
     ({"kv_lens": [5, 33]}, "kv_lens must be 0 to 32"),
     ({"kv_lens": [1] * 5}, "number of sequences must be 1 to 4"),
-    ({"block_tables": [[0, 1]]}, "block_tables must have 2"),
-    ({"block_tables": [[0, 1, 2]] * 2}, "width of block_tables must be 1 to 2"),
-    ({"block_tables": [[0], [1]]}, "kv_lens must be 0 to 16"),
-    ({"block_tables": [[3, 0], [0, 1]]}, "block_tables must be 0 to 2"),
-    ({"block_tables": [[2, 0], [0, -1]]}, "block_tables must be 0 to 2"),
+    ({"block_tables": [[[0, 1]]]}, r"block_tables must be \(1, 2, 2\)"),
+    ({"block_tables": [[[0, 1, 2]] * 2]}, "width of block_tables must be 1 to 2"),
+    ({"block_tables": [[[0], [1]]]}, "kv_lens must be 0 to 16"),
+    ({"block_tables": [[[3, 0], [0, 1]]]}, "block_tables must be 0 to 2"),
+    ({"block_tables": [[[2, 0], [0, -1]]]}, "block_tables must be 0 to 2"),
     ({"logit_rows": [18]}, "logit_rows must be 0 to 17"),
     ({"logit_rows": [0] * 5}, "number of logit rows must be 0 to 4"),
 ])

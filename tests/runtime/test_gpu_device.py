@@ -47,15 +47,15 @@ def decode(seqs: int, rows: int | None = None, first: int = 1, kv: int = 1) -> S
     """One token for each of so many sequences: sequence i has token (first + i) % VOCAB at kv - 1 in blocks 2i, 2i+1."""
     rows = min(seqs, ROWS) if rows is None else rows
     i = np.arange(seqs, dtype=np.int32)
-    return StepBatch((first + i) % VOCAB, i * 0 + kv - 1, 32 * i + kv - 1, np.arange(seqs + 1, dtype=np.int32), i * 0 + kv,
-                     np.stack([2 * i, 2 * i + 1], 1), i[::-1][:rows].copy())
+    return StepBatch((first + i) % VOCAB, i * 0 + kv - 1, 32 * i[None] + kv - 1, np.arange(seqs + 1, dtype=np.int32), i * 0 + kv,
+                     np.stack([2 * i, 2 * i + 1], 1)[None], i[::-1][:rows].copy())
 
 
 def mixed() -> StepBatch:
     """Sequences of 1, 2 and 20 new tokens, in blocks 2, 5 and (0, 1); what block_tables hold beyond is junk."""
     return StepBatch(*(np.array(a, np.int32) for a in (
-        [3, 2, 4] + [1] * 20, [0, 0, 1, *range(20)], [32, 80, 81, *range(20)], [0, 1, 3, 23], [1, 2, 20],
-        [[2, -1], [5, 99], [0, 1]], [22, 0, 2])))
+        [3, 2, 4] + [1] * 20, [0, 0, 1, *range(20)], [[32, 80, 81, *range(20)]], [0, 1, 3, 23], [1, 2, 20],
+        [[[2, -1], [5, 99], [0, 1]]], [22, 0, 2])))
 
 
 def expected(rows: list[tuple[int, int]], q_tokens: int, d_tokens: int) -> np.ndarray:
@@ -70,7 +70,8 @@ def decoded(batch: StepBatch) -> np.ndarray:
 
 
 def layout_of(artifact: Artifact) -> dict[str, int]:
-    return {k: v[0] for k, v in inputs_layout(artifact.manifest.dims, artifact.manifest.tiles)[0].items()}
+    m = artifact.manifest
+    return {k: v[0] for k, v in inputs_layout(m.dims, m.tiles, m.state)[0].items()}
 
 
 def test_a_step_runs_the_plan_in_order(device, mock):
@@ -141,7 +142,7 @@ def test_at_most_eight_graphs(tmp_path, artifact):
     mock.run({})
     driver = artifact.manifest.chip.driver
     dims = Dims(256, 256, ROWS, 2)
-    memory = toy_manifest(driver)["memory"] | {"inputs": inputs_layout(dims, artifact.manifest.tiles)[1]}
+    memory = toy_manifest(driver)["memory"] | {"inputs": inputs_layout(dims, artifact.manifest.tiles, artifact.manifest.state)[1]}
     toy = write_toy(tmp_path / "toy", driver, changes={"memory": memory, "dims": {
         "tokens": 256, "seqs": 256, "rows": ROWS, "blocks_per_seq": 2}})
     with GpuDevice(toy, num_blocks=512) as device:
@@ -165,7 +166,7 @@ def test_replayed_and_direct_steps_agree(artifact, mock):
 def test_steps_that_no_graph_can_do(device):
     wide = replace(decode(2), logit_rows=np.array([0, 1, 0, 1], np.int32))  # more rows than a graph of 2 has
     np.testing.assert_array_equal(device.step(wide), expected([(1, 1), (2, 2)] * 2, 0, 2))
-    two = StepBatch(*(np.array(a, np.int32) for a in ([1, 2], [0, 1], [0, 1], [0, 2], [2], [[0, 1]], [1])))
+    two = StepBatch(*(np.array(a, np.int32) for a in ([1, 2], [0, 1], [[0, 1]], [0, 2], [2], [[[0, 1]]], [1])))
     np.testing.assert_array_equal(device.step(two), expected([(2, 3)], 0, 2))  # two tokens of one sequence
     device.step(mixed())
     assert not device._recorded

@@ -59,7 +59,7 @@ def test_every_key_is_required_and_typed(path):
     ("more", 1, r"manifest\.more is not a known key"),
     ("output.more", 1, r"manifest\.output\.more is not a known key"),
     ("plan.0.args.0.more", 1, r"manifest\.plan\[0\]\.args\[0\]\.more"),
-    ("schema", 1, "schema is 1, but this runtime reads schema 2"),
+    ("schema", 1, "schema is 1, but this runtime reads schema 3"),
     ("abi", 9, "abi is 9"),
     ("dims.tokens", True, "dims.tokens must be an integer"),
     ("dims.tokens", 0, "dims.tokens must be between 1"),
@@ -85,7 +85,7 @@ def test_every_key_is_required_and_typed(path):
     ("plan.0.args.0", {"space": "state", "name": "slots"}, "only with space 'input'"),
     ("plan.0.args.0", {"space": "state", "offset": 65}, "outside the 64 bytes of state"),
     ("plan.0.args.0", {"space": "weights", "offset": -1}, "outside"),
-    ("plan.0.args.0", {"space": "input", "name": "logits"}, "one of 'dims'"),
+    ("plan.0.args.0", {"space": "input", "name": "logits"}, "no step input; there are: dims, "),
     ("plan.0.args.0", {"space": "heap", "offset": 0}, "one of 'workspace'"),
 ])
 def test_refusals(path, value, message):

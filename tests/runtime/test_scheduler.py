@@ -7,15 +7,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.state import ALL_KEYS, Group
 from tests.runtime.fake import VOCAB, finish, make_engine
+
+
+GROUPS = (ALL_KEYS, ALL_KEYS, (Group(2, window=6),), (Group(recurrent=True),), (Group(), Group(2, window=6)),
+          (Group(2), Group(1, window=9), Group(recurrent=True)))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, are aborted; books agree after every move, and everything ends exactly once."""
 
-    @initialize(blocks=st.integers(8, 24), tokens=st.integers(1, 24), seqs=st.integers(1, 5), caching=st.booleans())
-    def start(self, blocks: int, tokens: int, seqs: int, caching: bool) -> None:
-        self.engine = make_engine(blocks=blocks, tokens=tokens, seqs=seqs, length=28, prefix_caching=caching)
+    @initialize(blocks=st.integers(0, 16), tokens=st.integers(1, 24), seqs=st.integers(1, 5), caching=st.booleans(),
+                groups=st.sampled_from(GROUPS))
+    def start(self, blocks: int, tokens: int, seqs: int, caching: bool, groups: tuple[Group, ...]) -> None:
+        least = sum(g.most(28, tokens, 4) for g in groups)
+        self.engine = make_engine(blocks=least + blocks, tokens=tokens, seqs=seqs, length=28, prefix_caching=caching,
+                                  groups=groups)
         self.open, self.ended, self.count = set[str](), set[str](), 0
 
     @rule(start=st.integers(0, 3), length=st.integers(1, 20), made=st.integers(1, 9), n=st.integers(1, 3),
@@ -57,4 +65,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

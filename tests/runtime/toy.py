@@ -59,7 +59,7 @@ def toy_manifest() -> dict:
         return {"space": "input", "name": name}
 
     manifest = {
-        "schema": 2, "abi": 2, "versions": {"inferloom": "0.1.0"},
+        "schema": 3, "abi": 2, "versions": {"inferloom": "0.1.0"},
         "model": {"name": "toy", "architecture": "Toy", "vocab_size": VOCAB, "max_model_len": 32,
                   "eos_token_ids": [1], "bos_token_id": None, "dtype": "fp32"},
         "chip": {"name": "any", "triple": f"{platform.machine()}-linux-gnu", "features": [], "driver": "none",
@@ -67,8 +67,8 @@ def toy_manifest() -> dict:
         "dims": {"tokens": 64, "seqs": 4, "rows": ROWS, "blocks_per_seq": 2},
         "tiles": {"prefill": 16, "decode": 0},
         "state": {"block_tokens": 16, "bytes_per_block": 64, "groups": [
-            {"name": "kv", "kind": "paged_kv", "dtype": "f32",
-             "layers": [{"offset": 0, "kv_heads": 1, "k_dim": 1, "v_dim": 0}]}]},
+            {"kind": "paged_kv", "window": 0, "tables": 1, "layers": [
+                {"table": 0, "offset": 0, "bytes": 64, "dtype": "f32", "shape": [1, 1, 0]}]}]},
         "memory": {"weights": 64, "workspace": ROWS * LD * 4, "inputs": 0, "bytes_per_block": 64},
         "output": {"name": "logits", "offset": 0, "ld": LD, "vocab": VOCAB, "top": None},
         "kernels": [
@@ -85,7 +85,7 @@ def toy_manifest() -> dict:
         "files": {},
     }
     filled = Manifest.from_json(manifest | {"memory": manifest["memory"] | {"inputs": 1 << 20}})
-    manifest["memory"]["inputs"] = inputs_layout(filled.dims, filled.tiles)[1]
+    manifest["memory"]["inputs"] = inputs_layout(filled.dims, filled.tiles, filled.state)[1]
     return manifest
 
 

@@ -251,7 +251,7 @@ def toy_manifest(driver: str, top: bool = False) -> dict:
               arg("state", 0), named("seq_starts"), named("kv_lens"), arg("workspace", ROWS * LD * 4), named("dims")]
     shared = 100_000 if driver == "cuda" else 60_000
     manifest: dict = {
-        "schema": 2, "abi": 2, "versions": {"inferloom": "0.1.0"},
+        "schema": 3, "abi": 2, "versions": {"inferloom": "0.1.0"},
         "model": {"name": "toy", "architecture": "Toy", "vocab_size": VOCAB, "max_model_len": 32,
                   "eos_token_ids": [1], "bos_token_id": None, "dtype": "fp32"},
         "chip": {"name": "toy-gpu", "triple": f"{platform.machine()}-linux-gnu", "features": [], "driver": driver,
@@ -259,8 +259,8 @@ def toy_manifest(driver: str, top: bool = False) -> dict:
         "dims": {"tokens": TOKENS, "seqs": SEQS, "rows": ROWS, "blocks_per_seq": WIDTH},
         "tiles": {"prefill": 16, "decode": 2},
         "state": {"block_tokens": 16, "bytes_per_block": 64, "groups": [
-            {"name": "kv", "kind": "paged_kv", "dtype": "f32",
-             "layers": [{"offset": 0, "kv_heads": 1, "k_dim": 1, "v_dim": 0}]}]},
+            {"kind": "paged_kv", "window": 0, "tables": 1, "layers": [
+                {"table": 0, "offset": 0, "bytes": 64, "dtype": "f32", "shape": [1, 1, 0]}]}]},
         "memory": {"weights": 64, "workspace": ROWS * LD * 4 + 64, "inputs": 0, "bytes_per_block": 64},
         "output": {"name": "logits", "offset": 0, "ld": LD, "vocab": VOCAB, "top": None},
         "kernels": [kernel("store", 0, tile=4), kernel("clear", -1, mult=3), kernel("prefill", 3), kernel("decode", 4),
@@ -283,7 +283,7 @@ def toy_manifest(driver: str, top: bool = False) -> dict:
         manifest["plan"].append({"kernel": 6, "args": [arg("workspace", end), arg("workspace", end + 192), arg("workspace", 0),
                                                        named("sharpness"), named("dims")]})
     filled = Manifest.from_json(manifest | {"memory": manifest["memory"] | {"inputs": 1 << 20}})
-    manifest["memory"]["inputs"] = inputs_layout(filled.dims, filled.tiles)[1]
+    manifest["memory"]["inputs"] = inputs_layout(filled.dims, filled.tiles, filled.state)[1]
     return manifest
 
 
