@@ -13,7 +13,7 @@ from math import prod
 from inferloom.compiler.state import StatePlan, need, plan_state, window_of
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
-from inferloom.ir.types import STATES, TensorType, bound
+from inferloom.ir.types import STATES, StateType, TensorType, bound
 
 ALIGN = 64
 
@@ -119,8 +119,10 @@ def _place_states(states: tuple[Value, ...], kernels: Iterable[Node], places: di
                 if isinstance(result.type, STATES):
                     first[_required(outer[result])] = first[_required(outer[_required(inner.operands[0])])]
             if inner.op == "paged_attention":
-                held, tables = _required(inner.operands[1]), _required(inner.operands[4]).type
-                longest = held.type.block_tokens * int(str(tables.shape[1]))  # type: ignore[union-attr]
+                held, tables = _required(inner.operands[1]), _required(inner.operands[4])
+                if not isinstance(held.type, StateType) or not isinstance(tables.type, TensorType):
+                    raise TypeError(inner)
+                longest = held.type.block_tokens * bound(tables.type.shape[1])
                 windows[first[_required(outer[held])]] = window_of(inner.attrs["first"], longest)
     placed = plan_state([need(v.type, windows.get(v, 0)) for v in states])  # type: ignore[arg-type]
     for value, before in first.items():

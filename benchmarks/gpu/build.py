@@ -222,6 +222,8 @@ def _source(symbol: str, kind: str, emit: Callable[[Builder], Value]) -> KernelS
 def _layout(value: Value) -> Layout:
     if isinstance(value.type, StateType):
         return Layout("state", 0, value.type.bytes_per_block)
+    if not isinstance(value.type, TensorType):
+        raise TypeError(value)
     if value.type.is_static:
         return Layout("weights")
     return Layout("input") if value.type.dtype is DType.I32 else Layout("workspace", row_elements(value.type))

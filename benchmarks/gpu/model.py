@@ -150,10 +150,11 @@ class Model:
             k, v = (part.view(blocks, type.heads, type.block_tokens, -1).transpose(1, 2).flatten(0, 1).cpu().numpy()
                     for part in (data[:, :split], data[:, split:]))
             return KVArrays(k, v, type)
+        if not isinstance(type, TensorType):
+            raise TypeError(value)
         if place.space == "input":
-            array = self.views[place.name]
-            count = {"tokens": "tokens", "positions": "tokens", "slots": "tokens", "logit_rows": "rows"}.get(place.name)
-            return array[:counts[count]] if count else array[:counts["seqs"] + (place.name == "seq_starts")]
+            array, dim = self.views[place.name], str(type.shape[0])
+            return array[:counts["seqs"] + 1 if dim == "seqs+1" else counts[dim]]
         if place.space == "weights":
             return _numpy(self._memory(value)).reshape([int(str(d)) for d in type.shape])
         rows = counts[str(type.shape[0])]

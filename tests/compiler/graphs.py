@@ -75,19 +75,20 @@ def paged_inputs(graph: Graph, ids: np.ndarray, done: int, state: dict[str, KVAr
                  logit_rows: np.ndarray) -> dict[str, object]:
     """Inputs of a serving- or kernel-level graph for one sequence with `done` tokens already in `state`."""
     count = len(ids)
-    table = np.arange(_columns(graph), 0, -1, dtype=np.int32)[None]  # not in order: the table must be read
     pos = np.arange(done, done + count, dtype=np.int32)
     inputs: dict[str, object] = {
         "tokens": ids.astype(np.int32), "positions": pos, "logit_rows": logit_rows.astype(np.int32),
-        "slots": (table[0][pos // block_tokens] * block_tokens + pos % block_tokens).astype(np.int32),
-        "seq_starts": np.array([0, count], np.int32), "kv_lens": np.array([done + count], np.int32),
-        "block_tables": table}
+        "seq_starts": np.array([0, count], np.int32), "kv_lens": np.array([done + count], np.int32)}
+    blocks = 1
+    for value in graph.inputs:
+        if value.name.startswith("block_tables"):
+            columns = int(str(value.type.shape[1]))  # type: ignore[union-attr]
+            # Not in order: the table must be read.
+            inputs[value.name] = table = np.arange(blocks + columns - 1, blocks - 1, -1, dtype=np.int32)[None]
+            slots = table[0][pos // block_tokens] * block_tokens + pos % block_tokens
+            inputs[value.name.replace("block_tables", "slots")] = slots.astype(np.int32)
+            blocks += columns
     for value in graph.inputs:
         if isinstance(value.type, StateType):
-            inputs[value.name] = state[value.name] if state else KVArrays.zeros(value.type, 8)
+            inputs[value.name] = state[value.name] if state else KVArrays.zeros(value.type, blocks)
     return inputs
-
-
-def _columns(graph: Graph) -> int:
-    (table,) = (v for v in graph.inputs if v.name == "block_tables")
-    return int(str(table.type.shape[1]))  # type: ignore[union-attr]

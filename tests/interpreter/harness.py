@@ -99,7 +99,7 @@ def target(chip: str = "h100", **options: Any) -> TritonTarget:
 class Compiled:
     """A kernel-level graph as Triton kernels, with its weights, workspace and pool."""
 
-    def __init__(self, graph: Graph, params: dict[str, np.ndarray], folder: Path, blocks: int = 8,
+    def __init__(self, graph: Graph, params: dict[str, np.ndarray], folder: Path, blocks: int = 16,
                  chip: str = "h100", **options: Any) -> None:
         self.graph, self.target = graph, target(chip, **options)
         wanted = self.target.lowering

@@ -10,7 +10,6 @@ from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.state import ALL_KEYS, Group
 from tests.runtime.fake import VOCAB, finish, make_engine
 
-
 GROUPS = (ALL_KEYS, ALL_KEYS, (Group(2, window=6),), (Group(recurrent=True),), (Group(), Group(2, window=6)),
           (Group(2), Group(1, window=9), Group(recurrent=True)))
 

@@ -60,7 +60,7 @@ def unpack_state(pool: np.ndarray, type: StateType, offset: int, stride: int) ->
 class Compiled:
     """A kernel-level graph compiled for this machine, with its weights, workspace and pool."""
 
-    def __init__(self, graph: Graph, params: dict[str, np.ndarray], blocks: int = 8, chip: str = "cpu") -> None:
+    def __init__(self, graph: Graph, params: dict[str, np.ndarray], blocks: int = 16, chip: str = "cpu") -> None:
         self.graph, self.params = graph, params
         self.plan = plan_memory(graph, Rows(64, 4096))
         self.selection = select_kernels(self.plan)
