@@ -141,7 +141,8 @@ class Engine:
             tokens[part] = s.tokens[s.computed:s.computed + item.count]
             lens[i] = s.computed + item.count
         tables, pages = fill_tables(self.limits.groups, [w.sequence.held for w in work], self.limits.blocks_per_seq)
-        slots = tables[:, np.repeat(np.arange(len(work)), counts), positions // size] * size + positions % size
+        blocks = tables[:, np.repeat(np.arange(len(work)), counts), positions // size]
+        slots = np.ascontiguousarray(blocks * size + positions % size)
         rows = np.array([starts[i + 1] - 1 for i, w in enumerate(work) if w.samples], np.int32)
         wanted = [w.sequence.request.params for w in work if w.samples]
         sharpness = np.array([1.0 if p.greedy else 1 / p.temperature for p in wanted], np.float32)

@@ -134,7 +134,7 @@ class LLM:
             chunk = min(m.dims.rows, m.dims.tokens)
             for begin in range(0, len(ids), chunk):
                 pos = np.arange(begin, min(begin + chunk, len(ids)), dtype=np.int32)
-                slots = tables[:, 0, pos // size] * size + pos % size
+                slots = np.ascontiguousarray(tables[:, 0, pos // size] * size + pos % size)
                 batch = StepBatch(tokens=ids[pos], positions=pos, slots=slots, seq_starts=np.array([0, len(pos)], np.int32),
                                   kv_lens=pos[-1:] + 1, block_tables=tables, pages=pages,
                                   logit_rows=np.arange(len(pos), dtype=np.int32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class FakeDevice:
         if self.steps == self.fail_at:
             raise RequestError("the device failed")
         self.computed += len(batch.tokens)
+        assert all(getattr(batch, f.name).flags.c_contiguous for f in fields(batch))
         writes = [*batch.slots.reshape(-1).tolist(), *(-1 - p for p in batch.pages[..., 1].reshape(-1).tolist())]
         assert len(set(writes)) == len(writes)
         touched = {s // self.block_tokens for s in writes if s >= 0}
