@@ -60,9 +60,11 @@ contracts:
 
 docs: $(INSTALLED)
 	@$(BIN)/python -m inferloom.ir.docs docs/ops.md
+	@$(BIN)/python -m inferloom.compiler.architectures docs/models.md
 
 check-docs: $(INSTALLED)
-	@echo "==> generated docs"; $(BIN)/python -m inferloom.ir.docs --check docs/ops.md
+	@echo "==> generated docs"; $(BIN)/python -m inferloom.ir.docs --check docs/ops.md \
+		&& $(BIN)/python -m inferloom.compiler.architectures --check docs/models.md
 
 unit slow: export XDG_CACHE_HOME := $(CURDIR)/build/cache
 unit: $(INSTALLED)

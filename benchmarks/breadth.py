@@ -75,8 +75,9 @@ def _cpu(folder: Path, model: Any, prompts: list[list[int]], want: list[np.ndarr
     from inferloom import LLM, SamplingParams
 
     path = inferloom.compile(folder / "model", dtype="fp32", out=folder / "cpu", max_tokens=64, max_seqs=8, block_tokens=16)
-    made: dict[str, Any] = {"state": sorted({g["kind"] for g in json.loads((path / "manifest.json").read_text())["state"]["groups"]})}
+    made: dict[str, Any] = {}
     with LLM(path, threads=1) as llm:
+        made["state"] = sorted({g.kind for g in llm.manifest.state.groups})
         made["single"] = max(relative(llm.logits(p), w) for p, w in zip(prompts, want))
     greedy = SamplingParams(temperature=0, max_tokens=6, logprobs=5, ignore_eos=True)
     with LLM(path, threads=1, max_num_batched_tokens=17) as llm:

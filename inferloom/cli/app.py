@@ -13,6 +13,7 @@ from inferloom.cli.compile import compile_
 from inferloom.cli.doctor import doctor
 from inferloom.cli.generate import chat, run
 from inferloom.cli.inspect import inspect
+from inferloom.cli.models import models
 
 app = typer.Typer(
     name="inferloom", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -38,5 +39,6 @@ app.command("run")(run)
 app.command("chat")(chat)
 app.command("inspect")(inspect)
 app.command("chips")(chips)
+app.command("models")(models)
 app.command("bench")(bench)
 app.command("doctor")(doctor)
