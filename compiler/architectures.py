@@ -47,7 +47,7 @@ def _entry(entry: Mapping[str, Any]) -> Architecture:
     compiled = [not e.get("why") for e in gpus]
     error = max(cpu["single"], cpu["batched"]) if ran else None
     why = next((e["why"] for e in (cpu, *gpus) if e.get("why")), "")
-    return Architecture(entry["name"], ran or any(compiled), ran and not cpu.get("why"), ran, *compiled, error,
+    return Architecture(entry["name"], ran or any(compiled), ran and not cpu.get("why"), ran, compiled[0], compiled[1], error,
                         tuple(cpu.get("state", ())), why)
 
 

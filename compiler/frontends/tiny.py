@@ -97,6 +97,8 @@ def _shrunk(default: Any) -> Any:
     layers = _layers(given, given[depth]) if depth else []
     changed: dict[str, Any] = {}
     for name, value in given.items():
+        if name == "is_decoder":
+            value = True
         held = vars(default).get(name, value)
         if value is None:
             value = _UNSET.get(name)

@@ -20,6 +20,8 @@ from inferloom.ir.op import KERNEL, MODEL, SERVING, Tolerance, op
 from inferloom.ir.types import DType, RecurrentType, TensorType, cast_array
 
 PAGED = "paged_"
+CLOSE = Tolerance(1e-4, 1e-4)
+X = Var("x")
 STEP_OPERANDS = ("state", "seq_starts", "kv_lens", "pages")
 
 
@@ -39,7 +41,7 @@ class RecurrentArrays:
 STATE_OF: dict[str, Callable[..., RecurrentType]] = {}
 
 
-def recurrence(name: str, *, ragged: tuple[str, ...], tolerance: Tolerance = Tolerance(1e-4, 1e-4)) -> Callable[[type], type]:
+def recurrence(name: str, *, ragged: tuple[str, ...], tolerance: Tolerance = CLOSE) -> Callable[[type], type]:
     """Declare a recurrent op from a class with `infer`, `state` (type rules) and `scan(state, ...) -> (out, state)`.
 
     `scan` sees one sequence, in float32; `ragged` names the operands that have a row for each token.
@@ -108,7 +110,7 @@ class CausalConv1d:
     """
 
     def infer(x: TensorType, weight: TensorType, bias: TensorType | None = None, *,  # type: ignore[misc]
-              activation: Expr = Var("x")) -> TensorType:
+              activation: Expr = X) -> TensorType:
         if x.rank != 2 or weight.rank != 2 or weight.shape[0] != x.shape[1]:
             raise VerifyError(f"x must be [tokens, channels] and weight [channels, width], got {x} and {weight}")
         if bias is not None and bias.shape != (x.shape[1],):
@@ -116,7 +118,7 @@ class CausalConv1d:
         return TensorType(DType.F32, x.shape)
 
     def state(x: TensorType, weight: TensorType, bias: TensorType | None = None, *,  # type: ignore[misc]
-              activation: Expr = Var("x")) -> RecurrentType:
+              activation: Expr = X) -> RecurrentType:
         return RecurrentType(DType.F32, (int(str(weight.shape[1])) - 1, int(str(x.shape[1]))))
 
     def scan(state, x, weight, bias=None, *, activation):  # type: ignore[no-untyped-def, misc]
