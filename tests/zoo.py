@@ -61,6 +61,12 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", {"vocab_size": 131, "d_model": 72, "n_layers": 2, "n_heads": 6, "max_seq_len": 64,
                     "expansion_ratio": 4}),
     "glm4": ("glm4", _GATED | {"head_dim": 32}),
+    "openai_gpt": ("openai-gpt", {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "xglm": ("xglm", {"vocab_size": 131, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4,
+                      "max_position_embeddings": 64}),
+    "ministral3": ("ministral3", _GATED | {"head_dim": 16, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.1}}),
     "gpt_bigcode": ("gpt_bigcode", {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64,
                                     "bos_token_id": 1, "eos_token_id": 2}),
 }

@@ -9,6 +9,7 @@ import torch
 from inferloom.compiler.frontends.aten import Importer, Traced, lowers
 from inferloom.compiler.frontends.aten_moves import axis_of
 from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.types import DType
 
 # Layers.
 
@@ -103,7 +104,11 @@ def add(im: Importer, x: Any, y: Any, alpha: float = 1) -> Traced:
 def mul(im: Importer, x: Any, y: Any) -> Traced:
     if isinstance(y, (int, float)) and y == 1 and _same_as(im, x):
         return x
-    return im.elementwise("div" if "div" in str(im.node.target) else "mul", x, y)  # type: ignore[union-attr]
+    if "div" not in str(im.node.target):  # type: ignore[union-attr]
+        return im.elementwise("mul", x, y)
+    if isinstance(x, Traced) and not x.type.dtype.is_float:  # a quotient of integers is a float
+        x = im.cast(x, DType.F32)
+    return im.elementwise("div", x, y)
 
 
 @lowers("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar")
@@ -188,7 +193,7 @@ def _pointwise(aten: str, op: str) -> None:
         return im.elementwise(op, *args)
 
 
-_SAME_NAME = ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf", "relu", "sigmoid", "silu",
+_SAME_NAME = ("neg", "abs", "exp", "log", "floor", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf", "relu", "sigmoid", "silu",
               "maximum", "minimum", "lt", "le", "eq")
 for _aten, _op in {**dict.fromkeys(_SAME_NAME, ""), "max": "maximum", "min": "minimum"}.items():
     _pointwise(_aten, _op or _aten)

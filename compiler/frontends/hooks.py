@@ -175,14 +175,33 @@ def _falcon(self: Any, hidden_states: Tensor, alibi: Tensor | None, *args: Any, 
 
 
 def _by_hand(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The `_attn(query [1, H, tokens, D], ...)` method of gpt_neo, gptj and codegen."""
+    """The `_attn(query [1, H, tokens, D], ...)` method of gpt_neo, gpt_neox_japanese, gptj and codegen."""
     window = 0
     if type(self).__name__ == "GPTNeoSelfAttention":
         scale = 1.0
         window = int(self.config.window_size) if self.attention_type == "local" else 0
     else:
-        scale = 1.0 / float(self.scale_attn)
+        scale = 1.0 / float(self.norm_factor if hasattr(self, "norm_factor") else self.scale_attn)
     return _one_sequence(query, key, value, scale=scale, window=window).transpose(1, 2), None
+
+
+def _openai_gpt(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    scale = value.shape[-1] ** -0.5 if self.scale else 1.0
+    return [_one_sequence(query, key.transpose(2, 3), value, scale=scale).transpose(1, 2)]  # keys come transposed
+
+
+def _xglm(self: Any, hidden_states: Tensor, key_value_states: Tensor | None = None, *args: Any,
+          **kwargs: Any) -> tuple[Tensor, None]:
+    if key_value_states is not None:
+        raise UnsupportedError("xglm attends to an encoder")
+    q, k, v = (project(hidden_states).unflatten(2, (self.num_heads, self.head_dim)).squeeze(0)
+               for project in (self.q_proj, self.k_proj, self.v_proj))
+    return self.out_proj(attention(q, k, v, scale=self.scaling).flatten(1).unsqueeze(0)), None
+
+
+def _xglm_positions(self: Any, position_ids: Tensor, past_key_values_length: int = 0) -> Tensor:
+    """The table is long enough for all positions that the model was made for."""
+    return F.embedding(position_ids + self.offset, self.weights)
 
 
 def _unread_mask(*args: Any, **kwargs: Any) -> Tensor:
@@ -200,6 +219,10 @@ FAMILIES: dict[str, tuple[Patch, ...]] = {
     "falcon.modeling_falcon": (("FalconAttention", "forward", _falcon),),
     "gpt_neo.modeling_gpt_neo": (("GPTNeoSelfAttention", "_attn", _by_hand),),
     "gptj.modeling_gptj": (("GPTJAttention", "_attn", _by_hand),),
+    "gpt_neox_japanese.modeling_gpt_neox_japanese": (("GPTNeoXJapaneseAttention", "_attn", _by_hand),),
+    "openai.modeling_openai": (("Attention", "_attn", _openai_gpt),),
+    "xglm.modeling_xglm": (("XGLMAttention", "forward", _xglm),
+                           ("XGLMSinusoidalPositionalEmbedding", "forward", _xglm_positions)),
     "codegen.modeling_codegen": (("CodeGenAttention", "_attn", _by_hand),),
 }
 

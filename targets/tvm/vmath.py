@@ -24,6 +24,8 @@ _ERF_LARGE = (0.00030321301, -1.13016668, -0.631937093, -0.109978245, 0.02636471
               -4.55906234e-05, 1.61406165e-06)
 _SIN = (-0.166666645, 0.00833271841, -0.000195815008)
 _COS = (0.0416666645, -0.00138882737, 2.45416134e-05)
+_LOG = (0.333333312, -0.24999989, 0.200007075, -0.166684802, 0.142499365, -0.124110506, 0.116615114, -0.115712011,
+        0.0714975345)
 _HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15)
 
 
@@ -48,6 +50,10 @@ def rsqrt(x: Expr, lanes: int) -> Expr:
     return number(1.0, lanes) / sqrt(x, lanes)
 
 
+def floor(x: Expr, lanes: int) -> Expr:
+    return _unary("llvm.floor", x, lanes)
+
+
 def _poly(coefficients: Sequence[float], x: Expr, lanes: int) -> Expr:
     result = number(coefficients[-1], lanes)
     for c in reversed(coefficients[:-1]):
@@ -66,6 +72,26 @@ def exp(x: Expr, lanes: int) -> Expr:
     bits = T.shift_left(T.cast(n, typed("int32", lanes)) + splat(T.int32(127), lanes), splat(T.int32(23), lanes))
     scaled = p * T.reinterpret(f32(lanes), bits)
     return T.Bind(T.Select(x < number(-87.3, lanes), number(0.0, lanes), scaled))
+
+
+def log(x: Expr, lanes: int) -> Expr:
+    """Natural logarithm: e * ln2 + log(1 + f) with 1 + f between sqrt(1/2) and sqrt(2); -inf of 0, NaN below."""
+    x = T.Bind(x)
+    normal = T.Bind(T.Select(x < number(2.0**-126, lanes), x * number(2.0**23, lanes), x))
+    # Rounding the exponent at sqrt(2) instead of 2 makes f small on both sides of 0.
+    bits = T.Bind(T.reinterpret(typed("int32", lanes), normal) - splat(T.int32(0x3F3504F3), lanes))
+    whole = T.cast(T.shift_right(bits, splat(T.int32(23), lanes)), f32(lanes))
+    e = T.Bind(whole - T.Select(x < number(2.0**-126, lanes), number(23.0, lanes), number(0.0, lanes)))
+    part = T.bitwise_and(bits, splat(T.int32(0x7FFFFF), lanes)) + splat(T.int32(0x3F3504F3), lanes)
+    f = T.Bind(T.reinterpret(f32(lanes), part) - number(1.0, lanes))
+    square = T.Bind(f * f)
+    small = fma(_poly(_LOG, f, lanes) * f, square, fma(square, number(-0.5, lanes), f, lanes), lanes)
+    result = T.Bind(fma(e, number(_LN2_HIGH, lanes), fma(e, number(_LN2_LOW, lanes), small, lanes), lanes))
+    # What no logarithm belongs to: infinity and NaN stay, 0 gives -infinity, less gives NaN.
+    inf = number(float("inf"), lanes)
+    result = T.Bind(T.Select(x < inf, result, x))
+    zero = number(0.0, lanes)
+    return T.Bind(T.Select(x > zero, result, T.Select(x < zero, inf - inf, T.Select(x <= zero, zero - inf, x))))
 
 
 def sigmoid(x: Expr, lanes: int) -> Expr:

@@ -125,6 +125,7 @@ def erf(x: float) -> float:
 
 CASES = [
     Case("neg", (X,), each(lambda x: -x, X)), Case("abs", (X,), each(abs, X)), Case("exp", (X,), each(math.exp, X)),
+    Case("floor", (X,), each(math.floor, X)),
     Case("log", (POS,), each(math.log, POS)), Case("sqrt", (POS,), each(math.sqrt, POS)),
     Case("rsqrt", (POS,), each(lambda x: x**-0.5, POS)), Case("tanh", (X,), each(math.tanh, X)),
     Case("sin", (X,), each(math.sin, X)), Case("cos", (X,), each(math.cos, X)), Case("erf", (X,), each(erf, X)),

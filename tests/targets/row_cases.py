@@ -8,7 +8,7 @@ from inferloom.ir.graph import Builder, Value
 from inferloom.ir.types import DType
 from tests.targets.single import ROWS, TOKENS, Body, tensor
 
-UNARY = ("neg", "abs", "exp", "tanh", "sin", "cos", "erf", "sigmoid", "relu", "silu")
+UNARY = ("neg", "abs", "exp", "floor", "tanh", "sin", "cos", "erf", "sigmoid", "relu", "silu")
 BINARY = ("add", "sub", "mul", "div", "maximum", "minimum")
 
 
@@ -19,7 +19,7 @@ def chain(width: int) -> Body:
         x, y = b.input("x", tensor(TOKENS, width)), b.input("y", tensor(width))
         out = [b.emit(op, x) for op in UNARY] + [b.emit(op, x, y) for op in BINARY]
         out += [b.emit("gelu", x), b.emit("gelu", x, approximate="tanh")]
-        out += [b.emit(op, b.emit("add", b.emit("abs", x), b.scalar(0.5))) for op in ("sqrt", "rsqrt")]
+        out += [b.emit(op, b.emit("add", b.emit("abs", x), b.scalar(0.5))) for op in ("sqrt", "rsqrt", "log")]
         out += [b.emit("where", b.emit(op, x, y), x, b.scalar(2.5)) for op in ("lt", "le", "eq")]
         out.append(b.emit("cast", b.emit("lt", x, y), dtype=DType.F32))
         return [b.emit("concat", *out[:12], axis=1), b.emit("concat", *out[12:], axis=1)]
