@@ -175,7 +175,7 @@ def import_program(program: Any, *, name: str, tokens: Sym, rows: Sym, sources: 
     `sources` maps each parameter's name to its source (tied parameters share one); `prefix` is what the tracing
     wrapper put before module paths. UnsupportedError lists every operator that could not be imported.
     """
-    from inferloom.compiler.frontends import aten_moves, aten_ops  # noqa: F401  (fill LOWERINGS)
+    from inferloom.compiler.frontends import aten_experts, aten_moves, aten_ops  # noqa: F401  (fill LOWERINGS)
 
     builder = Builder(name)
     im = Importer(builder, Layouts(builder), {})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from inferloom.compiler.frontends.aten import DTYPES, Importer, Traced, lowers
 from inferloom.ir.errors import UnsupportedError
 
@@ -224,19 +222,6 @@ def repeat(im: Importer, x: Any, repeats: Any) -> Traced:
     if any(n != 1 and d != 1 for n, d in zip(repeats[shift:], x.shape)):
         raise UnsupportedError(f"repeat of {x.type} by {repeats}")
     return expand(im, x)
-
-
-@lowers("aten.gather.default")
-def gather(im: Importer, table: Any, axis: int, places: Any) -> Traced:
-    """Rows of a known table [1, n, width], where the places [1, tokens, width] repeat one index per token."""
-    repeated = im.node.args[2] if im.node is not None else None
-    if isinstance(repeated, torch.fx.Node) and str(repeated.target) in ("aten.repeat.default", "aten.expand.default"):
-        ids = im.env[repeated.args[0]]
-        table = im.traced(table)
-        if len(table.shape) == 3 and table.shape[0] == 1 and axis == 1 and ids.shape[-1] == 1:
-            rows = im.emit("embedding", ids.value, im.layouts.arrange(table, (1, 2)))
-            return Traced(rows, im.result_shape, (1, 2))
-    raise UnsupportedError("gather other than of one row per token")
 
 
 @lowers("aten.embedding.default")

@@ -109,8 +109,27 @@ def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     return out, None
 
 
-def _experts(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    raise UnsupportedError(f"{type(module).__name__} is a mixture of experts, which inferloom does not compile yet")
+torch.library.define("inferloom::expert_linear",
+                     "(Tensor x, Tensor weight, Tensor choice, Tensor? bias, bool transposed) -> Tensor")
+
+
+@torch.library.register_fake("inferloom::expert_linear")
+def _expert_shape(x: Tensor, weight: Tensor, choice: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return x.new_empty(choice.shape[0], choice.shape[1], weight.shape[2 if transposed else 1])
+
+
+def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' experts do, over the experts that each token has chosen: [tokens, choices, ...]."""
+    if module.has_post_expert_norm or getattr(module, "_is_expert_parallel", False):
+        raise UnsupportedError(f"{type(module).__name__} norms each expert's output, or shares experts out to devices")
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        return torch.ops.inferloom.expert_linear(x, getattr(module, name), top_k_index, bias, module.is_transposed)
+
+    up = linear(hidden_states.unsqueeze(1), "gate_up_proj" if module.has_gate else "up_proj")
+    down = linear(module._apply_gate(up) if module.has_gate else module.act_fn(up), "down_proj")
+    return (down * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
 #: Module-level functions of recurrent layers; found in a model's file, they are reported by name.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from torch import nn
 
 from inferloom.compiler.frontends import hooks, layers
 from inferloom.compiler.frontends.aten import Imported, import_program
+from inferloom.compiler.frontends.conversion import named
 from inferloom.compiler.frontends.hf_config import fix_rope, model_length, position_limit, read_config, special_ids
 from inferloom.compiler.frontends.skeleton import Stored, build_skeleton
 from inferloom.compiler.frontends.weights import (
     CheckpointSource,
     StoredTensor,
     WeightSource,
-    legacy_name,
     read_checkpoint,
     resolve,
 )
@@ -74,7 +74,7 @@ def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> Traced
     aliases = tied_names(model)
     wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
               for p in traced.imported.graph.params if not p.source.startswith("buffer:")}
-    where = resolve(stored, wanted, aliases, _renamer(model), folder)
+    where = resolve(named(model, stored), wanted, aliases, folder)
     eos, bos = special_ids(config, folder)
     files = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
     return TracedModel(traced.imported.graph, CheckpointSource(where, traced.imported.buffers), folder.resolve().name,
@@ -183,23 +183,4 @@ def stored_buffers(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, 
     wanted = set(model.state_dict()) & {name for name, _ in model.named_buffers()}
     if not wanted:
         return {}
-    rename = _renamer(model)
-    names = {key: rename(key)[0] for key in stored}
-    return {name: stored[key].read() for key, name in names.items() if name in wanted}
-
-
-def _renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
-    """Names in checkpoints to names of parameters, as transformers' own loader maps them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    expected = model.state_dict(keep_vars=True)
-
-    def rename(key: str) -> tuple[str, bool]:
-        name, converter = rename_source_key(legacy_name(key), renamings, converters, model.base_model_prefix, expected)
-        return name, converter is not None
-
-    return rename
+    return {name: tensor.read() for name, tensor in named(model, stored).items() if name in wanted}

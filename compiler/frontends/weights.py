@@ -124,11 +124,21 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+class Tensor(Protocol):
+    """A tensor of a checkpoint, or one made of several, that is not read yet."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointSource:
-    """A WeightSource over a checkpoint; `where` maps sources to stored tensors, `buffers` are in memory."""
+    """A WeightSource over a checkpoint; `where` maps sources to tensors, `buffers` are in memory."""
 
-    where: Mapping[str, StoredTensor]
+    where: Mapping[str, Tensor]
     buffers: Mapping[str, np.ndarray]
 
     def names(self) -> tuple[str, ...]:
@@ -138,29 +148,20 @@ class CheckpointSource:
         return self.buffers[source] if source in self.buffers else self.where[source].read()
 
 
-def resolve(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]],
-            aliases: Mapping[str, tuple[str, ...]], rename: Callable[[str], tuple[str, bool]],
-            folder: Path) -> dict[str, StoredTensor]:
-    """Find every wanted parameter (name -> shape) in a checkpoint.
+def resolve(held: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], aliases: Mapping[str, tuple[str, ...]],
+            folder: Path) -> dict[str, Tensor]:
+    """Find every wanted parameter (name -> shape) among those that a checkpoint holds, by name.
 
-    `rename` turns a checkpoint's name into a parameter's (True when its values would have to be converted, too);
     `aliases` lists the other names of tied parameters. UnsupportedError names all that is missing or misshapen.
     """
-    named: dict[str, StoredTensor] = {}
-    converted: set[str] = set()
-    for key, tensor in stored.items():
-        name, needs_conversion = rename(key)
-        if needs_conversion:
-            converted.add(key)
-        named[name] = tensor
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Tensor] = {}
     problems = []
     for name, shape in wanted.items():
-        names = [n for n in (name, *aliases.get(name, ())) if n in named]
+        names = [n for n in (name, *aliases.get(name, ())) if n in held]
         if not names:
             problems.append(f"{name} {list(shape)} is missing")
             continue
-        tensor = named[names[0]]
+        tensor = held[names[0]]
         if tensor.shape != shape:
             problems.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
         elif tensor.dtype not in ("F32", "F16", "BF16", "F64"):
@@ -169,9 +170,8 @@ def resolve(stored: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, 
             found[name] = tensor
     if problems:
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        hint = f"\n  {len(converted)} tensors would need conversion, e.g. {min(converted)}" if converted else ""
         raise UnsupportedError(f"{folder} does not hold the model that its config.json describes:\n  "
-                               + "\n  ".join(problems[:20]) + more + hint)
+                               + "\n  ".join(problems[:20]) + more)
     return found
 
 

@@ -21,7 +21,7 @@ from inferloom.ir.graph import Builder, Graph, Node, Value
 from inferloom.ir.types import STATES, DType, TensorType
 
 NAME = "group-kernels"
-ANCHORS = {"packed_linear": "matmul", "paged_attention": "attention"}
+ANCHORS = {"packed_linear": "matmul", "packed_expert_linear": "experts", "paged_attention": "attention"}
 _VIEWS = ("reshape", "cast")
 
 
@@ -132,9 +132,9 @@ class _Grouping:
             self.report.fused(f"{node.op} into the {group.kind} before it", node.loc)
 
     def _why_not(self, group: _Group, anchor: Node, node: Node, inside: set[Value]) -> str:
-        if group.kind == "attention":
+        if group.kind != "matmul":
             if node.op not in _VIEWS:
-                return f"the attention kernel's epilogue takes only {' and '.join(_VIEWS)}"
+                return f"the {group.kind} kernel's epilogue takes only {' and '.join(_VIEWS)}"
         elif not ops.get(node.op).pointwise:
             return f"{node.op} is not pointwise"
         shapes = {v.type.shape for v in inside if isinstance(v.type, TensorType)}

@@ -16,7 +16,7 @@ from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
 from inferloom.ir.types import DType, TensorType
 
 NAME = "lower-precision"
-_PLACES = {"linear": (0, 1), "embedding": (1,), "flex_attention": (0,)}
+_PLACES = {"linear": (0, 1), "embedding": (1,), "expert_linear": (0, 1), "flex_attention": (0,)}
 
 
 def run(graph: Graph, report: Report, *, dtype: DType) -> Graph:

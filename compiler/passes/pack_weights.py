@@ -3,6 +3,8 @@
 Before: `%y = linear %x, %w, %b`
 After:  `%p = pack_linear %w {tile=64, pair=2, k_multiple=32}; %y = packed_linear %x, %p, %b {n=.., k=..}`
 
+`expert_linear` likewise becomes `packed_expert_linear` over `pack_experts`.
+
 An embedding whose table is also such a weight (tied embeddings) reads the packed copy, so that it is stored once.
 """
 
@@ -45,6 +47,16 @@ def run(graph: Graph, report: Report, *, packing: Packing) -> Graph:
             x, weight, *bias = operands
             value, dims = pack(builder, _value(weight))
             return builder.emit_node("packed_linear", (x, value, *bias), dims, node.loc).results
+        if node.op == "expert_linear":
+            x, weight, *rest = operands
+            weight = _value(weight)
+            transposed = bool(node.attrs["transposed"])
+            if weight not in packed:
+                packed[weight] = builder.emit("pack_experts", weight, tile=packing.tile, k_multiple=packing.k_multiple,
+                                              pair=packing.pair[weight.type.dtype], transposed=transposed)  # type: ignore[union-attr]
+            _, n, k = (int(str(d)) for d in weight.type.shape)  # type: ignore[union-attr]
+            n, k = (k, n) if transposed else (n, k)
+            return builder.emit_node("packed_expert_linear", (x, packed[weight], *rest), {"n": n, "k": k}, node.loc).results
         if node.op == "embedding" and node.operands[1] in tied:
             value, dims = pack(builder, _value(operands[1]))
             report.fused("embedding reads the tied output projection's packed weight", node.loc)

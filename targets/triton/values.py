@@ -67,8 +67,8 @@ def cos(x):
     return sin_or_cos((quarters + 1) & 3, r)
 '''
 _UNARY = {
-    "neg": "-{0}", "abs": "tl.abs({0})", "exp": "tl.exp({0})", "log": "tl.log({0})", "floor": "tl.floor({0})", "sqrt": "tl.sqrt({0})",
-    "rsqrt": "tl.rsqrt({0})", "tanh": "tanh({0})", "sin": "sin({0})", "cos": "cos({0})", "erf": "tl.erf({0})",
+    "neg": "-{0}", "abs": "tl.abs({0})", "exp": "tl.exp({0})", "log": "tl.log({0})", "floor": "tl.floor({0})",
+    "sqrt": "tl.sqrt({0})", "rsqrt": "tl.rsqrt({0})", "tanh": "tanh({0})", "sin": "sin({0})", "cos": "cos({0})", "erf": "tl.erf({0})",
     "relu": "tl.maximum({0}, 0.0)", "sigmoid": "sigmoid({0})", "silu": "{0} * sigmoid({0})",
 }
 _BINARY = {

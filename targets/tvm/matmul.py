@@ -56,7 +56,62 @@ class _Column:
     half: bool = False
 
 
-class _Matmul:
+class Blocks:
+    """The micro-kernel: `count` steps over k, `pair` elements each, of weights in tiles of 64 columns."""
+
+    isa: CpuIsa
+    pair: int
+
+    def _block(self, x: Expr, w: Expr, panel: Expr, weights: Expr, xs: list[Expr], row: Expr, begin: Expr, steps: Expr,
+               ahead: int) -> None:
+        """Add `steps` steps from `begin` of rows at `xs` of x to their sums, from `row` of the panel on.
+
+        Weights `ahead` steps further are prefetched (0: none): few rows would otherwise wait for each slice.
+        """
+        count = len(xs)
+        width = self.isa.vectors if count > 1 else TILE // LANES
+        row = bind(row)
+        for group in range(TILE // LANES // width):
+            acc = scratch(count * width * LANES)
+
+            def cell(m: int, v: int) -> Expr:
+                return T.ramp((m * width + v) * LANES, 1, LANES)
+
+            def place(m: int, v: int) -> Expr:
+                return T.ramp((row + m) * TILE + (group * width + v) * LANES, 1, LANES)
+
+            for m in range(count):
+                for v in range(width):
+                    T.buffer_store(acc, panel[place(m, v)], [cell(m, v)])
+            base = bind(weights + wide(begin * TILE + group * width * LANES))
+
+            def step(k: Expr) -> None:
+                ws = [bind(w[T.ramp(base + wide(k * TILE + v * LANES), 1, LANES)]) for v in range(width)]
+                for v in range(width if ahead else 0):
+                    T.evaluate(T.call_extern("void", "inferloom_prefetch",
+                                             T.address_of(w[base + wide((k + ahead) * TILE + v * LANES)])))
+                for m in range(count):
+                    xv = bind(splat(x[xs[m] + k], LANES))
+                    for v in range(width):
+                        made = self._multiply(acc[cell(m, v)], xv, ws[v])
+                        T.buffer_store(acc, made, [cell(m, v)])
+
+            with T.serial(0, steps // UNROLL) as k4:
+                for u in range(UNROLL):
+                    step(k4 * UNROLL + u)
+            with T.serial(0, steps % UNROLL) as k:
+                step(steps // UNROLL * UNROLL + k)
+            for m in range(count):
+                for v in range(width):
+                    T.buffer_store(panel, acc[cell(m, v)], [place(m, v)])
+
+    def _multiply(self, acc: Expr, x: Expr, w: Expr) -> Expr:
+        if self.pair == 1:
+            return vmath.fma(x, w, acc, LANES)
+        return self.isa.dot_pair(acc, x, w)
+
+
+class _Matmul(Blocks):
     def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
         self.body, self.layouts, self.isa = body, source.layouts, isa
         (self.node,) = (n for n in body.nodes if n.op == "packed_linear")
@@ -98,66 +153,25 @@ class _Matmul:
                 with T.If(here <= PREFETCH_ROWS):
                     with T.Then():
                         with T.serial(0, here // isa.rows) as b:
-                            self._block(x, w, panel, weights, first, b * isa.rows, isa.rows, begin, steps, depth)
+                            xs = self._rows(first + b * isa.rows, begin, isa.rows)
+                            self._block(x, w, panel, weights, xs, b * isa.rows, begin, steps, depth)
                     with T.Else():
                         with T.serial(0, here // isa.rows) as b:
-                            self._block(x, w, panel, weights, first, b * isa.rows, isa.rows, begin, steps, 0)
+                            xs = self._rows(first + b * isa.rows, begin, isa.rows)
+                            self._block(x, w, panel, weights, xs, b * isa.rows, begin, steps, 0)
                 rest = bind(here % isa.rows)
                 for tail in range(1, isa.rows):
                     with T.If(rest == tail):
                         with T.Then():
-                            self._block(x, w, panel, weights, first, here - tail, tail, begin, steps, depth)
+                            xs = self._rows(first + here - tail, begin, tail)
+                            self._block(x, w, panel, weights, xs, here - tail, begin, steps, depth)
             with T.serial(0, here) as r:
                 self._epilogue(views, panel, tile, r, bind(first + r))
 
-    def _block(self, x: Expr, w: Expr, panel: Expr, weights: Expr, first: Expr, row: Expr, count: int,
-               begin: Expr, steps: Expr, ahead: int) -> None:
-        """Add `steps` steps from `begin` of `count` rows from `row` of the panel to their sums.
-
-        Weights `ahead` steps further are prefetched (0: none): few rows would otherwise wait for each slice.
-        """
-        isa = self.isa
-        width = isa.vectors if count > 1 else TILE // LANES
-        row = bind(row)
-        for group in range(TILE // LANES // width):
-            acc = scratch(count * width * LANES)
-
-            def cell(m: int, v: int) -> Expr:
-                return T.ramp((m * width + v) * LANES, 1, LANES)
-
-            def place(m: int, v: int) -> Expr:
-                return T.ramp((row + m) * TILE + (group * width + v) * LANES, 1, LANES)
-
-            for m in range(count):
-                for v in range(width):
-                    T.buffer_store(acc, panel[place(m, v)], [cell(m, v)])
-            xs = bind((first + row) * self.ldx + begin)
-            base = bind(weights + wide(begin * TILE + group * width * LANES))
-
-            def step(k: Expr) -> None:
-                ws = [bind(w[T.ramp(base + wide(k * TILE + v * LANES), 1, LANES)]) for v in range(width)]
-                for v in range(width if ahead else 0):
-                    T.evaluate(T.call_extern("void", "inferloom_prefetch",
-                                             T.address_of(w[base + wide((k + ahead) * TILE + v * LANES)])))
-                for m in range(count):
-                    xv = bind(splat(x[xs + m * self.ldx + k], LANES))
-                    for v in range(width):
-                        made = self._multiply(acc[cell(m, v)], xv, ws[v])
-                        T.buffer_store(acc, made, [cell(m, v)])
-
-            with T.serial(0, steps // UNROLL) as k4:
-                for u in range(UNROLL):
-                    step(k4 * UNROLL + u)
-            with T.serial(0, steps % UNROLL) as k:
-                step(steps // UNROLL * UNROLL + k)
-            for m in range(count):
-                for v in range(width):
-                    T.buffer_store(panel, acc[cell(m, v)], [place(m, v)])
-
-    def _multiply(self, acc: Expr, x: Expr, w: Expr) -> Expr:
-        if self.pair == 1:
-            return vmath.fma(x, w, acc, LANES)
-        return self.isa.dot_pair(acc, x, w)
+    def _rows(self, first: Expr, begin: Expr, count: int) -> list[Expr]:
+        """Where step `begin` of `count` rows from `first` lies in x."""
+        start = bind(first * self.ldx + begin)
+        return [start + m * self.ldx for m in range(count)]
 
     # -- epilogue
 

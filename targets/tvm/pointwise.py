@@ -21,7 +21,8 @@ def _sign(x: Expr, lanes: int) -> Expr:
 
 
 _UNARY = {
-    "neg": _sign, "abs": vmath.absolute, "exp": vmath.exp, "log": vmath.log, "floor": vmath.floor, "sqrt": vmath.sqrt, "rsqrt": vmath.rsqrt,
+    "neg": _sign, "abs": vmath.absolute, "exp": vmath.exp, "log": vmath.log, "floor": vmath.floor,
+    "sqrt": vmath.sqrt, "rsqrt": vmath.rsqrt,
     "tanh": vmath.tanh, "sin": vmath.sin, "cos": vmath.cos, "erf": vmath.erf, "sigmoid": vmath.sigmoid,
     "relu": lambda x, lanes: T.max(x, number(0.0, lanes)),
     "silu": lambda x, lanes: x * vmath.sigmoid(x, lanes),

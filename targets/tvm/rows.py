@@ -37,7 +37,7 @@ from inferloom.targets.tvm.rowvalue import (
 Expr = Any
 ROWS_PER_CHUNK = 4
 #: Ops that read an operand more than once.
-_REREADS = frozenset({"rms_norm", "layer_norm", "sum", "mean", "max", "rotary", "kv_write"})
+_REREADS = frozenset({"rms_norm", "layer_norm", "sum", "mean", "max", "rotary", "kv_write", "topk", "take"})
 
 
 def row_dim(types: Sequence[object]) -> int:
@@ -220,12 +220,24 @@ class _Program:
     def _reduced(self, node: Node, row: Expr, start: float, combine: Any, mean: bool) -> RowValue:
         x = self._of(node.operands[0])
         axes = sorted(self._axis(node, a) for a in _axes(node))
+        if axes == [0] and len(x.shape) > 1 and not mean and not bool(node.attrs["keepdims"]):
+            return self._reduced_first(x, self._shape(node.result), start, combine)
         if axes != list(range(len(x.shape) - len(axes), len(x.shape))):
             raise UnsupportedError(f"{node.loc}: the CPU target reduces trailing axes only, not {axes}")
         count = prod(x.shape[axes[0]:])
         made = reduce(x, row, len(axes), start, combine, lambda s: s * T.float32(1 / count) if mean else s)
         shape = self._shape(node.result)
         return RowValue(shape, 1, lambda row, index, lanes: made.load(row, list(index[:axes[0]]), 1))
+
+    def _reduced_first(self, x: RowValue, shape: tuple[int, ...], start: float, combine: Any) -> RowValue:
+        """Over the first axis of the row, element by element."""
+        def load(row: Expr, index: Any, lanes: int) -> Expr:
+            total = x.load(row, [T.int32(0), *index], lanes)
+            for i in range(1, x.shape[0]):
+                total = bind(combine(total, x.load(row, [T.int32(i), *index], lanes)))
+            return total
+
+        return RowValue(shape, x.max_lanes, load, cheap=False)
 
     def _sum(self, node: Node, row: Expr) -> RowValue:
         return self._reduced(node, row, 0.0, lambda a, b: a + b, False)
@@ -298,6 +310,38 @@ class _Program:
         return in_scratch(buffer, x.shape)
 
     # -- reading and writing by index
+
+    def _take(self, node: Node, row: Expr) -> RowValue:
+        x, places = self._of(node.operands[0]), self._of(node.operands[1])
+        return RowValue(places.shape, 1, lambda row, index, lanes: x.load(
+            row, [*index[:-1], places.load(row, index, 1)], 1))
+
+    def _topk(self, node: Node, row: Expr) -> None:
+        x = self._of(node.operands[0])
+        *groups, size = x.shape
+        k = int(str(node.attrs["k"]))
+        left, at, best = scratch(max(size, LANES)), scratch(1, "int32"), scratch(1)
+        shape = (*groups, k)
+        values, places = scratch(max(prod(shape), LANES)), scratch(max(prod(shape), LANES), "int32")
+
+        def group(index: list[Expr]) -> None:
+            with T.serial(0, size) as i:
+                T.buffer_store(left, x.load(row, [*index, i], 1), [i])
+            with T.serial(0, k) as j:
+                T.buffer_store(best, T.float32(float("-inf")), [0])
+                T.buffer_store(at, T.int32(0), [0])
+                with T.serial(0, size) as i:
+                    with T.If(left[i] > best[0]):
+                        with T.Then():
+                            T.buffer_store(best, left[i], [0])
+                            T.buffer_store(at, i, [0])
+                place = flat([*index, j], shape)
+                T.buffer_store(values, best[0], [place])
+                T.buffer_store(places, at[0], [place])
+                T.buffer_store(left, T.float32(float("-inf")), [at[0]])
+
+        loop(tuple(groups), 1, group)
+        self.env |= {node.results[0]: in_scratch(values, shape), node.results[1]: in_scratch(places, shape)}
 
     def _embedding(self, node: Node, row: Expr) -> RowValue:
         ids, table = self._of(node.operands[0]), self._of(node.operands[1])

@@ -1,0 +1,128 @@
+"""Linear layers by expert, with packed weights: a chunk is one tile of 64 columns of every expert.
+
+A chunk goes from expert to expert, collects the rows (a token's choice each) that want it, and works on them in blocks
+as matmul.py does. So an expert's weights are read once for all its rows, and those of experts that nobody chose are not
+read at all. Each output element is summed over k in order, in one accumulator lane: a row's bits do not depend on which
+others want the same expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Graph, Value
+from inferloom.ir.types import DType, TensorType
+from inferloom.targets.base import Grid, KernelSource
+from inferloom.targets.tvm import vmath
+from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, store, wide
+from inferloom.targets.tvm.isa import CpuIsa
+from inferloom.targets.tvm.matmul import PANEL, TILE, Blocks
+from inferloom.targets.tvm.rows import storage
+
+Expr = Any
+
+
+def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
+    """The PrimFunc of an "experts" kernel, its grid, and its arguments as operand-then-result numbers."""
+    made = _Experts(source, isa)
+    fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
+    return fn, Grid(-1, 1, made.tiles), tuple(a for a, _ in made.signature)
+
+
+class _Experts(Blocks):
+    def __init__(self, source: KernelSource, isa: CpuIsa) -> None:
+        body = source.node.attrs["body"]
+        if not isinstance(body, Graph):
+            raise TypeError(body)
+        (node,) = (n for n in body.nodes if n.op == "packed_expert_linear")
+        for other in body.nodes:
+            if other is not node and other.op not in ("cast", "reshape"):
+                raise UnsupportedError(f"{other.loc}: {other.op} cannot follow a linear layer of experts in one kernel")
+        x, packed, choice, *bias = node.operands
+        self.n, k = int(str(node.attrs["n"])), int(str(node.attrs["k"]))
+        self.experts, self.tiles, self.steps, _, self.pair = (int(str(d)) for d in _type(packed).shape)
+        if k % self.pair:
+            raise UnsupportedError(f"{node.loc}: a bf16 matmul needs an even inner dimension, not {k}")
+        self.isa, self.count = isa, k // self.pair
+        self.choices = int(str(_type(choice).shape[1]))
+        self.inner = self.count if _type(x).shape[1] != 1 else 0
+        (self.output,) = body.outputs
+        places = [body.inputs.index(v) for v in (x, packed, choice, *bias) if v is not None]
+        self.bias = len(places) > 3
+        self.ldx, self.ldc = source.layouts[places[0]].ld // self.pair, source.layouts[places[2]].ld
+        self.ldo = source.layouts[len(body.inputs)].ld
+        self.signature: list[tuple[int | str, str]] = [
+            (i, "int32" if at < 2 and self.pair == 2 else storage(body.inputs[i])) for at, i in enumerate(places)]
+        self.signature.append((len(body.inputs), storage(self.output)))
+
+    def emit(self, views: list[Expr], dims: Expr, tile: Expr) -> None:
+        choice = views[2]
+        panel, rows, found = scratch(PANEL * TILE), scratch(PANEL, "int32"), scratch(1, "int32")
+        with T.serial(0, self.experts) as e:
+            T.buffer_store(found, T.int32(0), [0])
+            with T.serial(0, dims[0]) as t:
+                with T.serial(0, self.choices) as j:
+                    with T.If(choice[t * self.ldc + j] == e):
+                        with T.Then():
+                            T.buffer_store(rows, t * self.choices + j, [found[0]])
+                            T.buffer_store(found, found[0] + 1, [0])
+                with T.If(T.Or(found[0] > PANEL - self.choices, t == dims[0] - 1)):
+                    with T.Then():
+                        self._flush(views, panel, rows, bind(found[0]), e, tile)
+                        T.buffer_store(found, T.int32(0), [0])
+
+    def _flush(self, views: list[Expr], panel: Expr, rows: Expr, here: Expr, e: Expr, tile: Expr) -> None:
+        """Work on the rows that were collected for an expert."""
+        isa, x, w = self.isa, views[0], views[1]
+        weights = bind((wide(e) * self.tiles + tile) * (self.steps * TILE))
+        with T.serial(0, here * (TILE // LANES)) as i:
+            store(panel, number(0.0, LANES), i * LANES, LANES)
+        zero, steps = T.int32(0), T.int32(self.count)
+        with T.serial(0, here // isa.rows) as b:
+            self._block(x, w, panel, weights, self._places(rows, b * isa.rows, isa.rows), b * isa.rows, zero, steps, 0)
+        rest = bind(here % isa.rows)
+        for tail in range(1, isa.rows):
+            with T.If(rest == tail):
+                with T.Then():
+                    self._block(x, w, panel, weights, self._places(rows, here - tail, tail), here - tail, zero, steps, 0)
+        with T.serial(0, here) as r:
+            self._store(views, panel, bind(rows[r]), r, e, tile)
+
+    def _places(self, rows: Expr, first: Expr, count: int) -> list[Expr]:
+        """Where collected rows lie in x."""
+        return [bind(rows[first + m] // self.choices * self.ldx + rows[first + m] % self.choices * self.inner)
+                for m in range(count)]
+
+    def _store(self, views: list[Expr], panel: Expr, row: Expr, r: Expr, e: Expr, tile: Expr) -> None:
+        out, base = views[-1], bind(tile * TILE)
+        place = bind(row // self.choices * self.ldo + row % self.choices * self.n + base)
+        narrow = _type(self.output).dtype is DType.BF16
+
+        def put(column: Expr, lanes: int) -> None:
+            y = panel[lane_of(r * TILE + column, lanes)]
+            if self.bias:
+                y = y + views[3][lane_of(e * self.n + base + column, lanes)]
+            store(out, vmath.f32_to_bf16(bind(y), lanes) if narrow else y, place + column, lanes)
+
+        def whole() -> None:
+            with T.serial(0, TILE // LANES) as v:
+                put(v * LANES, LANES)
+
+        if self.n % TILE == 0:
+            whole()
+            return
+        with T.If(base + TILE <= self.n):
+            with T.Then():
+                whole()
+            with T.Else():
+                with T.serial(0, self.n - base) as c:
+                    put(c, 1)
+
+
+def _type(value: Value | None) -> TensorType:
+    if value is None or not isinstance(value.type, TensorType):
+        raise TypeError(value)
+    return value.type
