@@ -70,6 +70,21 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_bigcode": ("gpt_bigcode", {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64,
                                     "bos_token_id": 1, "eos_token_id": 2}),
 }
+#: Mixtures of experts: routers by softmax and sigmoid, in groups, with shared experts, biases, interleaved gates.
+_EXPERTS = _GATED | {"head_dim": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+ZOO |= {
+    "mixtral": ("mixtral", _GATED | {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", _EXPERTS | {"num_experts": 8, "shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("qwen3_moe", _EXPERTS | {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", _GATED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", _GATED | {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 7,
+                                     "layer_types": ["sliding_attention", "full_attention"]}),
+    "granitemoe": ("granitemoe", _GATED | {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "glm4_moe": ("glm4_moe", _EXPERTS | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+                                         "first_k_dense_replace": 1}),
+    "dots1": ("dots1", _EXPERTS | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+                                   "first_k_dense_replace": 1}),
+}
 #: Families that need no options of their own.
 ZOO |= {name: (name, _GATED | {"head_dim": 16}) for name in (
     "olmo", "olmo3", "exaone4", "helium", "nemotron", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "glm", "phi",

@@ -24,7 +24,7 @@ from inferloom.targets.base import (
 )
 from inferloom.targets.chips import GpuChip
 from inferloom.targets.link import link_shared
-from inferloom.targets.triton import configs, rows, sampling
+from inferloom.targets.triton import configs, experts, rows, sampling
 from inferloom.targets.triton.aot import Binary, Compiler, module_text, violations
 from inferloom.targets.triton.attention import Attention, heads_of, padded
 from inferloom.targets.triton.matmul import Matmul
@@ -118,6 +118,8 @@ class TritonTarget:
                 made.append(Choice((partial(_row, source, number),)))
             elif kind == "matmul":
                 made += self._matmul(source, number)
+            elif kind == "experts":
+                made.append(Choice((partial(_experts, source, number),)))
             elif kind == "attention":
                 made += self._decode(source, number, self.decode_tokens(sources))
             else:
@@ -199,6 +201,10 @@ def _max_rows(source: KernelSource) -> int:
 
 def _row(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
     return [rows.lower(source, number, _max_rows(source))], 0
+
+
+def _experts(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
+    return [experts.lower(source, number)], 0
 
 
 def _product(matmul: Matmul, config: configs.MatmulConfig, least: int, most: int, reach: int, suffix: str,

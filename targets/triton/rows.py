@@ -23,6 +23,7 @@ from inferloom.targets.triton.values import (
     arange,
     cone,
     dims_of,
+    first_of_row,
     parameter_type,
     row_dim,
     wide_parameters,
@@ -168,7 +169,7 @@ class _RowKernel:
     def _cut(self, value: Value, total: int) -> _Shape:
         shapes = []
         for node in cone(self.body, value):
-            if node.op in REDUCTIONS and node.operands[0] is not None:
+            if node.op in REDUCTIONS and node.operands[0] is not None and not first_of_row(node):
                 shape = dims_of(node.operands[0])
                 axes = node.attrs.get("axes")
                 inner = prod(shape[len(shape) - (len(axes) if isinstance(axes, tuple) else 1):])

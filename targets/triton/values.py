@@ -20,7 +20,7 @@ TYPES = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16", DType.I32: "i
 TL_TYPES = {DType.F32: "tl.float32", DType.F16: "tl.float16", DType.BF16: "tl.bfloat16", DType.I32: "tl.int32"}
 #: Largest row that a reduction holds in registers.
 MAX_ROW = 65_536
-REDUCTIONS = ("rms_norm", "layer_norm", "sum", "mean", "max")
+REDUCTIONS = ("rms_norm", "layer_norm", "sum", "mean", "max", "topk")
 
 #: Functions that generated files begin with, beyond what Triton has.
 PRELUDE = '''
@@ -68,8 +68,8 @@ def cos(x):
 '''
 _UNARY = {
     "neg": "-{0}", "abs": "tl.abs({0})", "exp": "tl.exp({0})", "log": "tl.log({0})", "floor": "tl.floor({0})",
-    "sqrt": "tl.sqrt({0})", "rsqrt": "tl.rsqrt({0})", "tanh": "tanh({0})", "sin": "sin({0})", "cos": "cos({0})", "erf": "tl.erf({0})",
-    "relu": "tl.maximum({0}, 0.0)", "sigmoid": "sigmoid({0})", "silu": "{0} * sigmoid({0})",
+    "sqrt": "tl.sqrt({0})", "rsqrt": "tl.rsqrt({0})", "tanh": "tanh({0})", "sin": "sin({0})", "cos": "cos({0})",
+    "erf": "tl.erf({0})", "relu": "tl.maximum({0}, 0.0)", "sigmoid": "sigmoid({0})", "silu": "{0} * sigmoid({0})",
 }
 _BINARY = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "lt": "{0} < {1}",
@@ -116,6 +116,8 @@ class Values:
         if value in self.inputs:
             return self.load(value, index)
         node = self.made_by[value]
+        if node.op == "topk":
+            return self._topk(node, list(index), value)
         handler = getattr(self, f"_{node.op}", None)
         if handler is not None:
             made: str = handler(node, list(index))
@@ -181,6 +183,8 @@ class Values:
             return self.w.name(f"{x}.to({TL_TYPES[wanted]}).to(tl.float32)")  # type: ignore[index]
         if wanted is DType.F32:
             return self.w.name(f"{x}.to(tl.float32)")
+        if wanted is DType.BOOL:
+            return self.w.name(f"{x} != 0")
         raise UnsupportedError(f"{node.loc}: the GPU target cannot cast {have} to {wanted}")
 
     # -- data movement
@@ -240,6 +244,8 @@ class Values:
     def _fold(self, node: Node, x: Value, outer: Sequence[Index], axes: int, term: str = "{0}", how: str = "sum",
               other: str = "0.0") -> tuple[str, int]:
         """`term` of x summed (or how) over its last `axes` axes, `other` in places that are masked out."""
+        if prod(dims_of(x)[len(dims_of(x)) - axes:]) == 1:
+            return self.w.name(term.format(self.at(x, [*outer, *[Index()] * axes])), "s"), 1
         index, mask, count = self._row(node, x, outer, axes)
         text = term.format(self.at(x, index))
         loaded_as_zero = x in self.inputs and other == "0.0" and "-" not in term
@@ -252,6 +258,12 @@ class Values:
         axes = sorted(_axes(node))
         if x is None or not isinstance(x.type, TensorType):
             raise TypeError(node)
+        if first_of_row(node):
+            parts = [self.at(x, [index[0], Index(const=i), *index[1:]]) for i in range(dims_of(x)[0])]
+            total = parts[0]
+            for part in parts[1:]:
+                total = self.w.name(f"{total} + {part}" if how == "sum" else f"tl.maximum({total}, {part})")
+            return total, len(parts)
         if axes != list(range(x.type.rank - len(axes), x.type.rank)):
             raise UnsupportedError(f"{node.loc}: the GPU target reduces trailing axes only, not {axes}")
         return self._fold(node, x, index[:axes[0]], len(axes), "{0}", how, other)
@@ -286,6 +298,28 @@ class Values:
         squares, _ = self._fold(node, x, index[:-1], 1, f"({{0}} - {mean}) * ({{0}} - {mean})")
         scale = self.w.name(f"tl.rsqrt({squares} * {repr_float(1 / count)} + {repr_float(float(str(node.attrs['eps'])))})")
         return self._scaled(node, index, f"({self.at(x, index)} - {mean}) * {scale}")
+
+    def _topk(self, node: Node, index: list[Index], result: Value) -> str:
+        """The largest, then the largest of the rest, ...: all of them as scalars, put in their places."""
+        if dims_of(_required(node.operands[0]))[-1] == 1:
+            return "0" if result is node.results[1] else self.at(node.operands[0], index)
+        tile, mask, _ = self._row(node, _required(node.operands[0]), index[:-1], 1)
+        x, columns = self.at(node.operands[0], tile), str(tile[-1])
+        left = self.w.name(f"tl.where({mask}, {x}, float('-inf'))") if mask else x
+        places, made = result is node.results[1], ""
+        for i in range(int(str(node.attrs["k"]))):
+            top = self.w.name(f"tl.max({left}, 0)", "s")
+            first = self.w.name(f"tl.min(tl.where({left} == {top}, {columns}, {2**30}), 0)", "s")
+            chosen = first if places else top
+            made = self.w.name(f"tl.where({index[-1]} == {i}, {chosen}, {made})") if made else chosen
+            left = self.w.name(f"tl.where({columns} == {first}, float('-inf'), {left})")
+        return made
+
+    def _take(self, node: Node, index: list[Index]) -> str:
+        x, places = (_required(v) for v in node.operands)
+        name = self.at(places, index)
+        moved = self.w.variable(name, dims_of(x)[-1], self.w.mask(index), any(self.w.is_tile(i) for i in index))
+        return self.at(x, [*index[:-1], moved])
 
     # -- rotary embedding and reading by index
 
@@ -335,6 +369,13 @@ class Values:
         x, rows = (_required(v) for v in node.operands)
         bound = x.type.shape[0] if isinstance(x.type, TensorType) else 0
         return self.at(x, [self._picked(rows, index[0], getattr(bound, "bound", 2**20)), *index[1:]])
+
+
+def first_of_row(node: Node) -> bool:
+    """Whether a reduction is over the first axis of the row, with others behind it."""
+    x = node.operands[0]
+    shape = x.type.shape if x is not None and isinstance(x.type, TensorType) else ()
+    return node.attrs.get("axes") == (1,) and len(shape) > 2 and not isinstance(shape[0], int) and not node.attrs["keepdims"]
 
 
 def arange(w: Writer, count: int) -> Index:

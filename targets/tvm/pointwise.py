@@ -82,6 +82,8 @@ def _cast(node: Node, x: Expr, lanes: int) -> Expr:
         if have is DType.I32:
             x = T.cast(x, f32(lanes))
         return T.Bind(vmath.bf16_to_f32(vmath.f32_to_bf16(x, lanes), lanes) if wanted is DType.BF16 else x)
+    if wanted is DType.BOOL and have is DType.F32:
+        return x != number(0.0, lanes)
     raise UnsupportedError(f"{node.loc}: the CPU target cannot cast {have} to {wanted}")
 
 
