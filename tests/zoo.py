@@ -82,9 +82,21 @@ ZOO |= {
     "granitemoe": ("granitemoe", _GATED | {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "glm4_moe": ("glm4_moe", _EXPERTS | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
                                          "first_k_dense_replace": 1}),
-    "dots1": ("dots1", _EXPERTS | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+    "dots1_groups": ("dots1", _EXPERTS | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
                                    "first_k_dense_replace": 1}),
 }
+#: Latent attention.
+_LATENT = _BASE | {"intermediate_size": 96, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32,
+                   "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8}
+ZOO |= {
+    "minicpm3": ("minicpm3", _LATENT),
+    "deepseek_v2": ("deepseek_v2", _LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                                              "n_shared_experts": 1, "first_k_dense_replace": 1}),
+    "deepseek_v3": ("deepseek_v3", _LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                                              "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
+}
+#: What GPUs cannot do yet: choosing groups of experts before experts.
+CPU_ONLY = {"dots1_groups"}
 #: Families that need no options of their own.
 ZOO |= {name: (name, _GATED | {"head_dim": 16}) for name in (
     "olmo", "olmo3", "exaone4", "helium", "nemotron", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "glm", "phi",

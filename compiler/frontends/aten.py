@@ -32,6 +32,10 @@ class Known:
     name: str
 
 
+class Special:
+    """A tensor that is no value of its own, for the few operators that know it (aten_parts.py)."""
+
+
 class _Poison:
     """The result of an operator that could not be imported; what reads it is skipped."""
 
@@ -175,7 +179,7 @@ def import_program(program: Any, *, name: str, tokens: Sym, rows: Sym, sources: 
     `sources` maps each parameter's name to its source (tied parameters share one); `prefix` is what the tracing
     wrapper put before module paths. UnsupportedError lists every operator that could not be imported.
     """
-    from inferloom.compiler.frontends import aten_experts, aten_moves, aten_ops  # noqa: F401  (fill LOWERINGS)
+    from inferloom.compiler.frontends import aten_experts, aten_moves, aten_ops, aten_parts  # noqa: F401  (fill LOWERINGS)
 
     builder = Builder(name)
     im = Importer(builder, Layouts(builder), {})
@@ -255,7 +259,7 @@ def _call(im: Importer, node: Any, problems: list[str], prefix: str) -> Any:
     if any(a is POISON for a in flat):
         return POISON
     target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__
-    tensors = [a for a in flat if isinstance(a, (Traced, Known))]
+    tensors = [a for a in flat if isinstance(a, (Traced, Known, Special))]
     try:
         if target == "getitem":
             return args[0][args[1]]

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from inferloom.compiler.frontends.aten import Importer, Known, Traced, lowers
 from inferloom.compiler.frontends.aten_moves import axis_of
+from inferloom.compiler.frontends.aten_parts import Filled
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.types import DType, Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """A tensor full of one number, which only `scatter` reads."""
-
-    number: float
-    shape: Shape
+from inferloom.ir.types import DType
 
 
 @lowers("aten.softmax.int", "aten._softmax.default")
@@ -68,31 +60,36 @@ def _rows(im: Importer, table: Traced, axis: int) -> Traced:
     raise UnsupportedError("gather other than of a row's own elements, or of one row per token")
 
 
-@lowers("aten.zeros_like.default", "aten.new_zeros.default")
-def zeros_like(im: Importer, *args: Any, **kwargs: Any) -> Filled:
-    return Filled(0.0, im.result_shape)
+@lowers("aten.max.dim")
+def max_dim(im: Importer, x: Any, axis: int, keepdim: bool = False) -> tuple[Traced, ...]:
+    return tuple(im.layouts.view(part, im.shape(im.result(i))) for i, part in enumerate(topk(im, x, 1, axis)))
 
 
 @lowers("aten.scatter.value", "aten.scatter.src")
 def scatter(im: Importer, base: Any, axis: int, places: Any, source: Any, **kwargs: Any) -> Traced:
-    """A number, or one for each place, at places of the last axis of zeros: no place may be named twice."""
-    places = im.traced(places)
-    if not isinstance(base, Filled) or base.number or kwargs or axis % len(base.shape) != len(base.shape) - 1:
-        raise UnsupportedError("scatter other than into the last axis of zeros")
-    axis = len(base.shape) - 1
-    axes = [a for a in range(axis) if base.shape[a] != 1]
-    rows = [base.shape[a] for a in axes]
-    size, count = int(str(base.shape[axis])), int(str(places.shape[axis]))
+    """A number, or one for each place, at places of the last axis: no place may be named twice."""
+    places, shape = im.traced(places), im.result_shape
+    axis %= len(shape)
+    tensor = isinstance(source, (Traced, Known))
+    into_zeros = isinstance(base, Filled) and base.number == 0
+    if kwargs or axis != len(shape) - 1 or not (into_zeros or isinstance(base, Traced) and not tensor):
+        raise UnsupportedError("scatter other than into the last axis of zeros, or of one number")
+    axes = [a for a in range(axis) if shape[a] != 1]
+    rows = [shape[a] for a in axes]
+    size, count = int(str(shape[axis])), int(str(places.shape[axis]))
     chosen = im.layouts.reshape(im.layouts.arrange(places, [*axes, axis]), (*rows, 1, count))
     columns = im.layouts.reshape(im.traced(Known(torch.arange(size, dtype=torch.int32), "columns")).value, (size, 1))
     hit = im.emit("cast", im.emit("eq", columns, chosen), dtype=DType.F32)
-    if isinstance(source, (Traced, Known)):
+    if tensor:
         value = im.layouts.arrange(im.cast(im.traced(source), DType.F32), [*axes, axis])
         hit = im.emit("mul", hit, im.layouts.reshape(value, (*rows, 1, count)))
     made = im.emit("sum", hit, axes=(len(rows) + 1,), keepdims=False)
-    if not isinstance(source, (Traced, Known)) and source != 1:
+    if not into_zeros:
+        kept = im.layouts.arrange(base, [*axes, axis])
+        made = im.emit("where", im.emit("lt", im.number(0.0), made), im.number(float(source)), kept)
+    elif not tensor and source != 1:
         made = im.emit("mul", made, im.number(float(source)))
-    return Traced(made, base.shape, (*axes, axis))
+    return Traced(made, shape, (*axes, axis))
 
 
 @lowers("aten.masked_fill.Scalar")

@@ -134,7 +134,7 @@ def split(im: Importer, x: Any, sizes: Any = 0, dim: int = 0) -> tuple[Traced, .
     return tuple(made)
 
 
-@lowers("aten.cat.default")
+@lowers("aten.cat.default", "aten.concat.default")
 def cat(im: Importer, parts: Any, dim: int = 0) -> Traced:
     traced = [p for p in (im.traced(q) for q in parts) if 0 not in p.shape]
     axis = axis_of(traced[0], dim)
@@ -143,10 +143,11 @@ def cat(im: Importer, parts: Any, dim: int = 0) -> Traced:
         raise UnsupportedError("concatenating tokens")
     if len(traced) == 1:
         return traced[0]
-    return _join(im, traced, axis)
+    return join(im, traced, axis)
 
 
-def _join(im: Importer, parts: list[Traced], axis: int) -> Traced:
+def join(im: Importer, parts: list[Traced], axis: int) -> Traced:
+    """Parts side by side along an axis of the current node's result."""
     shape = im.result_shape
     present = {a for p in parts for a in p.axes if shape[a] != 1} | {axis}
     base = im.layouts.with_axes(parts[0], sorted(present))
@@ -164,7 +165,7 @@ def stack(im: Importer, parts: Any, dim: int = 0) -> Traced:
         x = im.traced(part)
         wide = (*x.shape[:axis], 1, *x.shape[axis:])
         moved.append(x.renumber(wide, {a: a + (a >= axis) for a in range(len(x.shape))}))
-    return _join(im, moved, axis)
+    return join(im, moved, axis)
 
 
 @lowers("aten.repeat_interleave.self_int")

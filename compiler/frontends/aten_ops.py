@@ -133,6 +133,12 @@ def greater(im: Importer, x: Any, y: Any) -> Traced:
     return im.elementwise("lt" if ".gt." in str(im.node.target) else "le", y, x)  # type: ignore[union-attr]
 
 
+@lowers("aten.log1p.default")
+def log1p(im: Importer, x: Any) -> Traced:
+    """`log(1 + x)`; near zero it loses relative, not absolute, precision."""
+    return im.elementwise("log", im.elementwise("add", x, 1.0))
+
+
 @lowers("aten.expm1.default")
 def expm1(im: Importer, x: Any) -> Traced:
     """`exp(x) - 1`; near zero it loses relative, not absolute, precision."""
@@ -148,7 +154,7 @@ def softplus(im: Importer, x: Any, beta: float = 1, threshold: float = 20) -> Tr
     return total if beta == 1 else im.elementwise("div", total, beta)
 
 
-@lowers("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
+@lowers("aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.default", "aten.clamp_max.default")
 def clamp(im: Importer, x: Any, low: Any = None, high: Any = None, **kwargs: Any) -> Traced:
     if "max" in str(im.node.target):  # type: ignore[union-attr]
         low, high = None, low

@@ -34,7 +34,7 @@ STORED = {DType.F32: np.float32, DType.F16: np.float16, DType.BF16: ml_dtypes.bf
 TORCH = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32,
          "*i64": torch.int64}
 #: Largest error relative to the largest magnitude: sums in another order, then rounding to the element type.
-TOLERANCE = {DType.F32: 3e-5, DType.F16: 2.0**-9, DType.BF16: 2.0**-7}
+TOLERANCE = {DType.I32: 0.0, DType.F32: 3e-5, DType.F16: 2.0**-9, DType.BF16: 2.0**-7}
 _set_grid_idx = interpreter.InterpreterBuilder.set_grid_idx
 _order: list[np.ndarray] = []
 
