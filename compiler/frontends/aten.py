@@ -15,7 +15,7 @@ import numpy as np
 import sympy
 import torch
 
-from inferloom.compiler.frontends.layout import Layouts, Traced, natural_axes
+from inferloom.compiler.frontends.layout import Layouts, Merged, Traced, natural_axes
 from inferloom.ir.errors import UnsupportedError, VerifyError
 from inferloom.ir.graph import Builder, Graph, Node, Value
 from inferloom.ir.types import DType, Shape, Sym, TensorType
@@ -65,8 +65,15 @@ class Importer:
         return self.builder.emit(op, *operands, loc=self.loc, **attrs)
 
     def shape(self, tensor: Any) -> Shape:
-        """The traced shape of a fake tensor, symbols named."""
-        return tuple(self._dim(d) for d in tensor.shape)
+        """The traced shape of a fake tensor, symbols named; tokens x n in one axis are two here."""
+        return tuple(part for d in tensor.shape for part in self._dims(d))
+
+    def _dims(self, dim: Any) -> tuple[Any, ...]:
+        if not isinstance(dim, int) and len(expr := dim.node.expr.as_ordered_factors()) == 2:
+            count, symbol = expr
+            if count.is_Integer and symbol in self.symbols:
+                return self.symbols[symbol], Merged(count)
+        return (self._dim(dim),)
 
     def _dim(self, dim: Any) -> Any:
         if isinstance(dim, int):

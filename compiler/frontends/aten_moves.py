@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from inferloom.compiler.frontends.aten import DTYPES, Importer, Traced, lowers
+from inferloom.compiler.frontends.layout import Merged
 from inferloom.ir.errors import UnsupportedError
 
 END = 2**62
@@ -12,6 +13,8 @@ END = 2**62
 
 def axis_of(x: Traced, axis: int) -> int:
     """An axis counted from the front."""
+    if axis >= 0 and any(isinstance(d, Merged) for d in x.shape):
+        raise UnsupportedError("an axis counted from the front, of a tensor that has tokens and heads in one")
     return axis + len(x.shape) if axis < 0 else axis
 
 
@@ -134,7 +137,7 @@ def split(im: Importer, x: Any, sizes: Any = 0, dim: int = 0) -> tuple[Traced, .
     return tuple(made)
 
 
-@lowers("aten.cat.default", "aten.concat.default")
+@lowers("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
 def cat(im: Importer, parts: Any, dim: int = 0) -> Traced:
     traced = [p for p in (im.traced(q) for q in parts) if 0 not in p.shape]
     axis = axis_of(traced[0], dim)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from inferloom.compiler.frontends.aten import Importer, Traced, lowers
+from inferloom.compiler.frontends.aten import Importer, Known, Traced, lowers
 from inferloom.compiler.frontends.aten_moves import axis_of
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.types import DType
@@ -35,8 +35,40 @@ def matmul(im: Importer, x: Any, y: Any) -> Traced:
         rank = len(y.shape)
         weight = im.layouts.arrange(y, (rank - 1, rank - 2))
         return _linear(im, x, weight, None)
+    if x.token_axis is None and all(d == 1 for d in x.shape[:-2]) and y.token_axis == len(y.shape) - 1:
+        rank = len(x.shape)
+        y = im.layouts.last(y, len(y.shape) - 2)
+        made = im.emit("linear", y.value, im.layouts.arrange(x, (rank - 2, rank - 1)), None)
+        shift = len(shape) - len(y.shape)
+        return Traced(made, shape, tuple(a + shift for a in y.axes))
+    if x.token_axis is None and y.token_axis == len(y.shape) - 1 and len(x.shape) == len(y.shape) == len(shape):
+        heads = [a for a in range(len(shape) - 2) if shape[a] != 1]
+        if len(heads) == 1 and x.shape[heads[0]] == y.shape[heads[0]]:
+            h, n, t = heads[0], len(shape) - 2, len(shape) - 1
+            return Traced(_by_head(im, im.layouts.arrange(y, (t, h, n)), im.layouts.arrange(x, (h, n, t)), False, None), shape,
+                          (t, h, n))
     raise UnsupportedError(f"product of {x.type} and {y.type}, both of which depend on tokens, outside of attention "
                            f"(result {shape})")
+
+
+@lowers("aten.baddbmm.default")
+def baddbmm(im: Importer, bias: Any, x: Any, weight: Any, beta: float = 1, alpha: float = 1) -> Traced:
+    bias, x, weight = im.traced(bias), im.traced(x), im.traced(weight)
+    if beta != 1 or alpha != 1 or x.token_axis != 1 or weight.token_axis is not None or bias.token_axis is not None:
+        raise UnsupportedError("baddbmm other than of tokens by a weight for each head")
+    made = _by_head(im, im.layouts.arrange(x, (1, 0, 2)), im.layouts.arrange(weight, (0, 1, 2)), True,
+                    im.layouts.arrange(bias, (0, 2)))
+    return Traced(made, im.result_shape, (1, 0, 2))
+
+
+def _by_head(im: Importer, rows: Any, weight: Any, transposed: bool, bias: Any) -> Any:
+    """rows [tokens, heads, k] by a weight [heads, n, k] of their own for each head: experts that every token chooses."""
+    heads = int(str(weight.type.shape[0]))
+    columns = im.traced(Known(torch.arange(heads, dtype=torch.int32), "heads")).value
+    positions = im.builder.inputs[1]
+    none = im.emit("mul", positions, im.number(0, DType.I32))
+    choice = im.emit("add", im.layouts.reshape(none, (positions.type.shape[0], 1)), columns)  # type: ignore[union-attr]
+    return im.emit("expert_linear", rows, weight, choice, bias, transposed=transposed)
 
 
 @lowers("aten.addmm.default")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inferloom.compiler.frontends import recurrent
 from inferloom.ir.errors import UnsupportedError
 
 NAME = "inferloom"
@@ -132,16 +133,12 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     return (down * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
-#: Module-level functions of recurrent layers; found in a model's file, they are reported by name.
-RECURRENT = ("causal_conv1d_fn", "mamba2_chunk_scan", "mamba_selective_scan", "torch_chunk_gated_delta_rule",
-             "chunk_kimi_delta_attention", "rwkv_linear_attention")
+#: Module-level functions of recurrent layers that have no op yet; found in a model's file, they are reported by name.
+UNKNOWN = ("rwkv_linear_attention",)
 
 
-def recurrent_functions(model: nn.Module) -> list[str]:
-    """Which functions of state-space and linear-attention layers the files of a model use."""
-    files = sorted({type(m).__module__ for m in model.modules()})
-    return [f"{file.rsplit('.', 1)[-1]}.{name}" for file in files for name in RECURRENT
-            if hasattr(sys.modules[file], name)]
+def _unknown_functions(files: set[str]) -> list[str]:
+    return [f"{file.rsplit('.', 1)[-1]}.{name}" for file in sorted(files) for name in UNKNOWN if hasattr(sys.modules[file], name)]
 
 
 def _bloom(self: Any, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -223,6 +220,11 @@ def _xglm_positions(self: Any, position_ids: Tensor, past_key_values_length: int
     return F.embedding(position_ids + self.offset, self.weights)
 
 
+def _text_only(self: Any, freq: Tensor) -> Tensor:
+    """Rotary angles of a text's tokens, whose places in time, height and width are one."""
+    return torch.cat((freq[0], freq[0]), -1)
+
+
 def _unread_mask(*args: Any, **kwargs: Any) -> Tensor:
     """A mask for models that convert it before the replaced attention ignores it."""
     return torch.zeros(())
@@ -242,6 +244,11 @@ FAMILIES: dict[str, tuple[Patch, ...]] = {
     "openai.modeling_openai": (("Attention", "_attn", _openai_gpt),),
     "xglm.modeling_xglm": (("XGLMAttention", "forward", _xglm),
                            ("XGLMSinusoidalPositionalEmbedding", "forward", _xglm_positions)),
+    "minimax.modeling_minimax": (("MiniMaxLightningAttention", "forward", recurrent.lightning),),
+    "recurrent_gemma.modeling_recurrent_gemma": (("RecurrentGemmaRglru", "_rnn_scan", recurrent.rg_lru),
+                                                 ("RecurrentGemmaRecurrentBlock", "forward", recurrent.gemma_block)),
+    "qwen3_5.modeling_qwen3_5": (("Qwen3_5TextRotaryEmbedding", "recomposition_frequencies", _text_only),),
+    "qwen3_5_moe.modeling_qwen3_5_moe": (("Qwen3_5MoeTextRotaryEmbedding", "recomposition_frequencies", _text_only),),
     "codegen.modeling_codegen": (("CodeGenAttention", "_attn", _by_hand),),
 }
 
@@ -259,12 +266,17 @@ def installed(model: Any) -> Iterator[None]:
     """Route the attention of a transformers model to `inferloom::attention`; everything is restored on exit."""
     _register()
     undo: list[tuple[Any, str, Any]] = []
-    if recurrent := recurrent_functions(model):
-        raise UnsupportedError(f"{type(model).__name__} has state-space or linear-attention layers, which inferloom "
-                               f"does not compile yet: {', '.join(recurrent)}")
-    before = model.config._attn_implementation, model.config._experts_implementation
     files = {type(m).__module__ for m in model.modules()}
+    if unknown := _unknown_functions(files):
+        raise UnsupportedError(f"{type(model).__name__} has recurrent layers that inferloom does not compile yet: "
+                               f"{', '.join(unknown)}")
+    before = model.config._attn_implementation, model.config._experts_implementation
     try:
+        for file in files:
+            for attribute, new in recurrent.FUNCTIONS.items():
+                if hasattr(sys.modules[file], attribute):
+                    undo.append((sys.modules[file], attribute, getattr(sys.modules[file], attribute)))
+                    setattr(sys.modules[file], attribute, new)
         for suffix, patches in FAMILIES.items():
             for name in files:
                 if not name.endswith(suffix):

@@ -16,6 +16,10 @@ from inferloom.ir.graph import Builder, Value
 from inferloom.ir.types import Dim, Shape, TensorType
 
 
+class Merged(int):
+    """The size of an axis that the trace has merged with the token axis before it, as `view(-1, dim)` does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Traced:
     """`value` holds a traced tensor of `shape`; `axes[i]` is the traced axis that the value's axis i is.

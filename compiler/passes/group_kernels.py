@@ -18,10 +18,11 @@ from inferloom.compiler.report import Report
 from inferloom.ir import op as ops
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph, Node, Value
+from inferloom.ir.ops.recurrent import PAGED, STATE_OF
 from inferloom.ir.types import STATES, DType, TensorType
 
 NAME = "group-kernels"
-ANCHORS = {"packed_linear": "matmul", "packed_expert_linear": "experts", "paged_attention": "attention"}
+ANCHORS = {**dict.fromkeys((PAGED + name for name in STATE_OF), "scan"), "packed_linear": "matmul", "packed_expert_linear": "experts", "paged_attention": "attention"}
 _VIEWS = ("reshape", "cast")
 
 
@@ -102,7 +103,7 @@ class _Grouping:
 
     def _absorb(self, group: _Group, anchor: Node) -> None:
         """Take in what follows the anchor, as long as nothing else has to run first."""
-        inside = {anchor.result}
+        inside = set(anchor.results[:1])
         if group.kind == "matmul":
             for chain in self._gate_up(anchor):
                 self._take(group, chain, inside)
@@ -132,6 +133,8 @@ class _Grouping:
             self.report.fused(f"{node.op} into the {group.kind} before it", node.loc)
 
     def _why_not(self, group: _Group, anchor: Node, node: Node, inside: set[Value]) -> str:
+        if group.kind == "scan":
+            return "a recurrence stores its result as it is"
         if group.kind != "matmul":
             if node.op not in _VIEWS:
                 return f"the {group.kind} kernel's epilogue takes only {' and '.join(_VIEWS)}"

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 
 from inferloom.ir.errors import VerifyError
-from inferloom.ir.expr import Expr, Var
 from inferloom.ir.op import KERNEL, MODEL, SERVING, Tolerance, op
 from inferloom.ir.types import DType, RecurrentType, TensorType, cast_array
 
 PAGED = "paged_"
 CLOSE = Tolerance(1e-4, 1e-4)
-X = Var("x")
 STEP_OPERANDS = ("state", "seq_starts", "kv_lens", "pages")
 
 
@@ -103,27 +101,106 @@ def _declare(name: str, doc: str, infer: Callable[..., Any], parameters: list[in
 
 @recurrence("causal_conv1d", ragged=("x",))
 class CausalConv1d:
-    """Depthwise convolution of x [tokens, channels] over the last `width` tokens, weight [channels, width] -> f32.
+    """Depthwise convolution over the last `width` tokens: x [tokens, channels], weight [width, channels] -> f32 like x.
 
-    The last column of `weight` meets the token itself. `activation` maps the sum, a scalar expression over `x`.
-    The state holds the last width - 1 tokens, oldest first.
+    The last row of `weight` meets the token itself. The state holds the last width - 1 tokens, oldest first.
     """
 
-    def infer(x: TensorType, weight: TensorType, bias: TensorType | None = None, *,  # type: ignore[misc]
-              activation: Expr = X) -> TensorType:
-        if x.rank != 2 or weight.rank != 2 or weight.shape[0] != x.shape[1]:
-            raise VerifyError(f"x must be [tokens, channels] and weight [channels, width], got {x} and {weight}")
+    def infer(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> TensorType:  # type: ignore[misc]
+        if x.rank != 2 or weight.rank != 2 or weight.shape[1] != x.shape[1]:
+            raise VerifyError(f"x must be [tokens, channels] and weight [width, channels], got {x} and {weight}")
         if bias is not None and bias.shape != (x.shape[1],):
             raise VerifyError(f"bias must be [{x.shape[1]}], got {bias}")
         return TensorType(DType.F32, x.shape)
 
-    def state(x: TensorType, weight: TensorType, bias: TensorType | None = None, *,  # type: ignore[misc]
-              activation: Expr = X) -> RecurrentType:
-        return RecurrentType(DType.F32, (int(str(weight.shape[1])) - 1, int(str(x.shape[1]))))
+    def state(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> RecurrentType:  # type: ignore[misc]
+        return RecurrentType(DType.F32, (int(str(weight.shape[0])) - 1, int(str(x.shape[1]))))
 
-    def scan(state, x, weight, bias=None, *, activation):  # type: ignore[no-untyped-def, misc]
+    def scan(state, x, weight, bias=None):  # type: ignore[no-untyped-def, misc]
         seen = np.concatenate([state, x])
-        width = weight.shape[1]
-        out = sum(seen[i:i + len(x)] * weight[:, i] for i in range(width))
+        out = sum(seen[i:i + len(x)] * row for i, row in enumerate(weight))
         out = out if bias is None else out + bias
-        return np.asarray(activation.evaluate({"x": out}), np.float32), seen[len(seen) - width + 1:]
+        return np.asarray(out, np.float32), seen[len(x):]
+
+
+@recurrence("linear_attention", ragged=("q", "k", "v", "decay", "beta"))
+class LinearAttention:
+    """Attention without softmax, as a recurrence over a matrix S [dk, dv] for each head: a token first scales it,
+    S = exp(decay) S, then adds to it, S += k u, and reads it, o = q S.
+
+    q, k [tokens, groups, dk], v [tokens, heads, dv]; head h reads group h * groups // heads. decay is f32 [tokens, heads],
+    or [tokens, heads, dk] for each row of S. With `beta` f32 [tokens, heads], u = beta * v; with `delta`,
+    u = beta * (v - k S), what the state does not hold of v yet. Covers Mamba-2 (Dao & Gu 2024), gated delta networks
+    (Yang et al. 2024), Kimi delta attention and lightning attention. State: [heads, dk, dv].
+    """
+
+    def infer(q: TensorType, k: TensorType, v: TensorType, decay: TensorType, beta: TensorType | None = None,  # type: ignore[misc]
+              *, delta: bool = False) -> TensorType:
+        if q.rank != 3 or q.shape != k.shape or v.rank != 3 or int(str(v.shape[1])) % int(str(q.shape[1])):
+            raise VerifyError(f"q and k must be [tokens, groups, dk], v [tokens, heads, dv], got {q}, {k} and {v}")
+        if decay.shape not in (v.shape[:2], (*v.shape[:2], k.shape[2])):
+            raise VerifyError(f"decay must be [tokens, heads] or [tokens, heads, dk], got {decay}")
+        if beta is None and delta or beta is not None and beta.shape != v.shape[:2]:
+            raise VerifyError("the delta rule needs beta, which is [tokens, heads]")
+        return TensorType(DType.F32, v.shape)
+
+    def state(q: TensorType, k: TensorType, v: TensorType, decay: TensorType, beta: TensorType | None = None,  # type: ignore[misc]
+              *, delta: bool = False) -> RecurrentType:
+        heads, dk, dv = (int(str(d)) for d in (v.shape[1], k.shape[2], v.shape[2]))
+        return RecurrentType(DType.F32, (heads, dk, dv))
+
+    def scan(state, q, k, v, decay, beta=None, *, delta):  # type: ignore[no-untyped-def, misc]
+        heads = v.shape[1]
+        q, k = (np.repeat(x, heads // x.shape[1], 1) for x in (q, k))
+        out, kept = np.zeros(v.shape, np.float32), np.exp(decay if decay.ndim == 3 else decay[..., None])
+        for t in range(len(v)):
+            state = state * kept[t][..., None]
+            u = v[t] - np.einsum("hk,hkv->hv", k[t], state) if delta else v[t]
+            state = state + np.einsum("hk,hv->hkv", k[t], u if beta is None else u * beta[t][:, None])
+            out[t] = np.einsum("hk,hkv->hv", q[t], state)
+        return out, state
+
+
+@recurrence("selective_scan", ragged=("x", "dt", "b", "c"))
+class SelectiveScan:
+    """The state-space layer of Mamba (Gu & Dao 2023): h = exp(dt a) h + dt x b, y = h c, for each channel.
+
+    x, dt [tokens, channels], a [n, channels], b, c [tokens, n] -> f32 like x. State: h [n, channels].
+    """
+
+    def infer(x: TensorType, dt: TensorType, a: TensorType, b: TensorType, c: TensorType) -> TensorType:  # type: ignore[misc]
+        if x.rank != 2 or dt.shape != x.shape or a.rank != 2 or a.shape[1] != x.shape[1]:
+            raise VerifyError(f"x and dt must be [tokens, channels], a [n, channels], got {x}, {dt} and {a}")
+        if b.shape != c.shape or b.shape != (x.shape[0], a.shape[0]):
+            raise VerifyError(f"b and c must be [tokens, {a.shape[0]}], got {b} and {c}")
+        return TensorType(DType.F32, x.shape)
+
+    def state(x: TensorType, dt: TensorType, a: TensorType, b: TensorType, c: TensorType) -> RecurrentType:  # type: ignore[misc]
+        return RecurrentType(DType.F32, (int(str(a.shape[0])), int(str(a.shape[1]))))
+
+    def scan(state, x, dt, a, b, c):  # type: ignore[no-untyped-def, misc]
+        out = np.zeros(x.shape, np.float32)
+        for t in range(len(x)):
+            state = np.exp(dt[t] * a) * state + (dt[t] * x[t]) * b[t][:, None]
+            out[t] = c[t] @ state
+        return out, state
+
+
+@recurrence("linear_recurrence", ragged=("x", "a"))
+class LinearRecurrence:
+    """h = a h + x for each channel: x, a [tokens, channels] -> f32 like x. State: h [channels]."""
+
+    def infer(x: TensorType, a: TensorType) -> TensorType:  # type: ignore[misc]
+        if x.rank != 2 or a.shape != x.shape:
+            raise VerifyError(f"x and a must be [tokens, channels], got {x} and {a}")
+        return TensorType(DType.F32, x.shape)
+
+    def state(x: TensorType, a: TensorType) -> RecurrentType:  # type: ignore[misc]
+        return RecurrentType(DType.F32, (int(str(x.shape[1])),))
+
+    def scan(state, x, a):  # type: ignore[no-untyped-def, misc]
+        out = np.zeros(x.shape, np.float32)
+        for t in range(len(x)):
+            state = a[t] * state + x[t]
+            out[t] = state
+        return out, state

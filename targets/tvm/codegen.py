@@ -11,7 +11,7 @@ from inferloom.ir.types import DType
 from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress
 from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared
-from inferloom.targets.tvm import attention, experts, matmul, rows
+from inferloom.targets.tvm import attention, experts, matmul, rows, scan
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.toolchain import compile_object
 
@@ -46,6 +46,8 @@ class CpuTarget:
                 fn, grid, args = rows.lower(source)
             elif kind == "matmul":
                 fn, grid, args = matmul.lower(source, isa)
+            elif kind == "scan":
+                fn, grid, args = scan.lower(source)
             elif kind == "experts":
                 fn, grid, args = experts.lower(source, isa)
             elif kind == "attention":
