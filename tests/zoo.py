@@ -95,6 +95,31 @@ ZOO |= {
     "deepseek_v3": ("deepseek_v3", _LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                                               "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
 }
+#: State-space, linear-attention and convolution layers, alone and with attention between them.
+_MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+_MAMBA2 = _MAMBA | {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+          "layer_types": ["linear_attention", "full_attention"]}
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", _BASE | {"state_size": 8, "intermediate_size": 96, "time_step_rank": 8}),
+    "mamba2": ("mamba2", _BASE | {"num_heads": 4, "head_dim": 32, "state_size": 8, "n_groups": 2, "chunk_size": 8}),
+    "jamba": ("jamba", _GATED | _MAMBA | {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2,
+                                          "attn_layer_offset": 1, "mamba_dt_rank": 8}),
+    "bamba": ("bamba", _GATED | _MAMBA2 | {"attn_layer_indices": [1]}),
+    "falcon_h1": ("falcon_h1", _GATED | _MAMBA2 | {"mamba_d_ssm": 128}),
+    "qwen3_next": ("qwen3_next", _EXPERTS | _DELTA | {"num_experts": 4, "shared_expert_intermediate_size": 48}),
+    "kimi_linear": ("kimi_linear", _BASE | {
+        "intermediate_size": 96, "moe_intermediate_size": 32, "num_key_value_heads": 4, "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_experts": 4, "num_experts_per_token": 2,
+        "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"]}),
+    "recurrent_gemma": ("recurrent_gemma", _GATED | {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 7,
+                                                     "head_dim": 16}),
+    "minimax": ("minimax", _GATED | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                     "layer_types": ["linear_attention", "full_attention"]}),
+    "lfm2": ("lfm2", _GATED | {"layer_types": ["conv", "full_attention"]}),
+}
+ZOO |= RECURRENT
 #: What GPUs cannot do yet: choosing groups of experts before experts.
 CPU_ONLY = {"dots1_groups"}
 #: Families that need no options of their own.
@@ -112,7 +137,7 @@ def config(name: str, layers: int = 0) -> Any:
     if layers:
         depth = next(k for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in options)
         options[depth] = layers
-        for kinds in ("layer_types", "no_rope_layers"):
+        for kinds in ("layer_types", "mlp_layer_types", "no_rope_layers"):
             if kinds in options:
                 options[kinds] = (options[kinds] * layers)[:layers]
         if "attention_types" in options:

@@ -17,7 +17,7 @@ def read_config(folder: Path) -> Any:
     if not path.is_file():
         raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_hook=_floats)
         model_type = raw["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedError(f"{path} is not a config of transformers: {error!r}") from None
@@ -28,6 +28,11 @@ def read_config(folder: Path) -> Any:
         raise UnsupportedError(f"{path}: quantised checkpoints are not supported; use the original weights")
     raw.pop("auto_map", None)
     return CONFIG_MAPPING[model_type].from_dict(raw)
+
+
+def _floats(value: dict[str, Any]) -> Any:
+    """Transformers writes infinities and NaN, which JSON has not, as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def position_limit(config: Any) -> int | None:

@@ -93,6 +93,10 @@ class Layouts:
             axes.insert(place, axis)
         return Traced(self.arrange(x, axes), x.shape, tuple(axes))
 
+    def _without_ones(self, x: Traced) -> Traced:
+        axes = tuple(a for a in x.axes if x.shape[a] != 1)
+        return x if axes == x.axes else Traced(self.arrange(x, axes), x.shape, axes)
+
     def last(self, x: Traced, axis: int) -> Traced:
         """`x` with traced axis `axis` present and last in the value; the others keep their order."""
         axes = [a for a in x.axes if a != axis] + [axis]
@@ -107,6 +111,8 @@ class Layouts:
         """Values that broadcast together by NumPy's rules, and the axes of the result of traced `shape`."""
         moved = [p.renumber(p.shape, {a: a + len(shape) - len(p.shape) for a in p.axes}) for p in parts]
         moved = [Traced(p.value, (1,) * (len(shape) - len(p.shape)) + p.shape, p.axes) for p in moved]
+        if any(p.token_axis is not None for p in moved):  # a constant's ones must not come before the token axis
+            moved = [p if p.token_axis is not None else self._without_ones(p) for p in moved]
         base = max(moved, key=lambda p: (len(p.axes), p.token_axis is not None))
         axes = list(base.axes)
         for part in moved:

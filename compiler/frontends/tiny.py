@@ -63,9 +63,13 @@ _UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "n_routed_exper
           "n_shared_experts": 1}
 #: What rules cannot know: fields that follow from others.
 _FIELDS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": KV_HEADS, "rope_theta": 10000.0}},
     "falcon_h1": {"mamba_d_head": 32},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": 32,
               "attention_hidden_size": 128, "num_key_value_heads": HEADS},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "hybrid_layer_ids": [1, 3],

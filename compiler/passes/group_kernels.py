@@ -3,10 +3,10 @@
 Before: `%y = packed_linear %x, %p; %h = add %r, %y; %n = rms_norm %h, %w; ...`
 After:  `%h = kernel %x, %p, %r {kind="matmul", body={...}}; %n = kernel %h, %w {kind="row", body={...}}`
 
-Anchors (a matmul or an attention) get a kernel each, and take in the pointwise nodes that follow them; where the target
-wants it, a matmul also takes in the gathering of the rows it reads. What is
-left works within one row and is joined by depth: the number of anchors on the longest path to a node. Two nodes
-of equal depth have no anchor between them, so joining them all can never make a cycle.
+Anchors (a matmul, an attention, a recurrence) get a kernel each, and matmuls and attentions take in the pointwise nodes
+that follow them; where the target wants it, a matmul also takes in the gathering of the rows it reads. What is left
+works within one row and is joined by depth: the number of anchors on the longest path to a node. Two nodes of equal
+depth have no anchor between them, so joining them all can never make a cycle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from inferloom.ir.ops.recurrent import PAGED, STATE_OF
 from inferloom.ir.types import STATES, DType, TensorType
 
 NAME = "group-kernels"
-ANCHORS = {**dict.fromkeys((PAGED + name for name in STATE_OF), "scan"), "packed_linear": "matmul", "packed_expert_linear": "experts", "paged_attention": "attention"}
+ANCHORS = {"packed_linear": "matmul", "packed_expert_linear": "experts", "paged_attention": "attention",
+           **dict.fromkeys((PAGED + name for name in STATE_OF), "scan")}
 _VIEWS = ("reshape", "cast")
 
 

@@ -73,7 +73,8 @@ def recurrence(name: str, *, ragged: tuple[str, ...], tolerance: Tolerance = CLO
             data, outs = held.data.copy(), []
             for i, (begin, end) in enumerate(zip(seq_starts[:-1], seq_starts[1:])):
                 start = held.data[pages[i, 0]] if kv_lens[i] > end - begin else np.zeros_like(held.data[0])
-                out, last = scan(start, *(a[begin:end] if j in rows else a for j, a in enumerate(args)), **attrs)
+                own = (a[begin:end] if j in rows and a is not None else a for j, a in enumerate(args))
+                out, last = scan(start, *own, **attrs)
                 outs.append(out)
                 data[pages[i, 1]] = cast_array(last, held.type.dtype)
             return np.concatenate(outs), RecurrentArrays(data, held.type)

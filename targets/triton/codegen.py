@@ -24,7 +24,7 @@ from inferloom.targets.base import (
 )
 from inferloom.targets.chips import GpuChip
 from inferloom.targets.link import link_shared
-from inferloom.targets.triton import configs, experts, rows, sampling
+from inferloom.targets.triton import configs, experts, rows, sampling, scan
 from inferloom.targets.triton.aot import Binary, Compiler, module_text, violations
 from inferloom.targets.triton.attention import Attention, heads_of, padded
 from inferloom.targets.triton.matmul import Matmul
@@ -120,6 +120,8 @@ class TritonTarget:
                 made += self._matmul(source, number)
             elif kind == "experts":
                 made.append(Choice((partial(_experts, source, number),)))
+            elif kind == "scan":
+                made.append(Choice((partial(_scan, source, number),)))
             elif kind == "attention":
                 made += self._decode(source, number, self.decode_tokens(sources))
             else:
@@ -205,6 +207,10 @@ def _row(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
 
 def _experts(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
     return [experts.lower(source, number)], 0
+
+
+def _scan(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
+    return [scan.lower(source, number)], 0
 
 
 def _product(matmul: Matmul, config: configs.MatmulConfig, least: int, most: int, reach: int, suffix: str,

@@ -12,7 +12,7 @@ from math import prod
 from inferloom.ir import op as ops
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
-from inferloom.ir.types import DType, StateType, TensorType, bound
+from inferloom.ir.types import STATES, DType, TensorType, bound
 from inferloom.targets.base import Layout
 from inferloom.targets.triton.source import Index, Writer, next_power_of_2
 
@@ -403,7 +403,7 @@ def cone(body: Graph, value: Value) -> list[Node]:
 
 def parameter_type(value: Value) -> str:
     """Triton's type of a pointer to a value."""
-    dtype = value.type.dtype if isinstance(value.type, (TensorType, StateType)) else None
+    dtype = value.type.dtype if isinstance(value.type, (TensorType, *STATES)) else None
     if dtype not in TYPES:
         raise UnsupportedError(f"a GPU kernel cannot read {value!r}")
     return "*" + TYPES[dtype]
@@ -413,7 +413,7 @@ def wide_parameters(values: Sequence[Value], layouts: Sequence[Layout]) -> froze
     """Parameters whose bytes may be too many for 32-bit offsets."""
     found = set()
     for i, (value, layout) in enumerate(zip(values, layouts)):
-        if isinstance(value.type, StateType):
+        if isinstance(value.type, STATES):
             found.add(f"p{i}")
         elif isinstance(value.type, TensorType):
             rows = bound(value.type.shape[0]) if has_rows(value) else 1

@@ -88,6 +88,9 @@ class _Scan:
             raise TypeError(self.node)
         return place
 
+    def _given(self, operand: int) -> bool:
+        return operand < len(self.at) and self.at[operand] is not None
+
     def _row(self, views: list[Expr], operand: int, row: Expr, column: Expr, lanes: int) -> Expr:
         """Elements of an operand's row, as float32."""
         place = self._place(operand)
@@ -103,7 +106,8 @@ class _Scan:
     def _put(self, views: list[Expr], row: Expr, column: Expr, value: Expr, lanes: int) -> None:
         store(views[-1], value, row * self.layouts[self.out].ld + column, lanes)
 
-    def _load_state(self, state: Expr, past: Expr, read: Expr, write: Expr, first: Expr, rows: int, step: int, width: int) -> None:
+    def _load_state(self, state: Expr, past: Expr, read: Expr, write: Expr, first: Expr, rows: int, step: int,
+                    width: int) -> None:
         """Bring `rows` rows of `width` elements, `step` apart, into the block that is written."""
         lanes = vectors(width, step)
         with T.serial(0, rows) as r:
@@ -144,7 +148,7 @@ class _Scan:
                     k = bind(self._row(views, 5, t, group * dk + i, 1) * decayed(i))
                     columns(lambda j: store(u, vmath.fma(splat(k, lanes), state[lane_of(base + wide(i * dv + j), lanes)],
                                                          u[lane_of(j, lanes)], lanes), j, lanes))
-            beta = self._row(views, 8, t, head, 1) if self.at[8] is not None else None
+            beta = self._row(views, 8, t, head, 1) if self._given(8) else None
 
             def update(j: Expr) -> None:
                 made = self._row(views, 6, t, head * dv + j, lanes)
@@ -204,7 +208,7 @@ class _Scan:
         first = bind(part * lanes)
         self._load_state(state, past, read, write, first, width - 1, channels, lanes)
         with T.serial(begin, end) as t:
-            y = self._fixed(views, 6, first, lanes) if len(self.at) > 6 and self.at[6] is not None else number(0.0, lanes)
+            y = self._fixed(views, 6, first, lanes) if self._given(6) else number(0.0, lanes)
             x = self._row(views, 4, t, first, lanes)
             for i in range(width - 1):
                 place = write + wide(i * channels + first)
@@ -213,7 +217,8 @@ class _Scan:
                 if i:  # the window moves on by one token
                     store(state, old, place - wide(channels), lanes)
             store(state, x, write + wide((width - 2) * channels + first), lanes)
-            self._put(views, t, first, vmath.fma(x, self._fixed(views, 5, (width - 1) * channels + first, lanes), y, lanes), lanes)
+            newest = self._fixed(views, 5, (width - 1) * channels + first, lanes)
+            self._put(views, t, first, vmath.fma(x, newest, y, lanes), lanes)
 
 
 def _shape(value: Value | None) -> tuple[int, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from inferloom.ir.graph import Builder, Graph, Value
 from inferloom.ir.ops.attention import KVArrays
-from inferloom.ir.types import DType, StateType, Sym, TensorType
+from inferloom.ir.ops.recurrent import RecurrentArrays
+from inferloom.ir.types import STATES, DType, StateType, Sym, TensorType
 
 
 def tiny_llama(layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2, dim: int = 16, inter: int = 96,
@@ -71,7 +74,7 @@ def random_params(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
     return made
 
 
-def paged_inputs(graph: Graph, ids: np.ndarray, done: int, state: dict[str, KVArrays] | None, block_tokens: int,
+def paged_inputs(graph: Graph, ids: np.ndarray, done: int, state: dict[str, Any] | None, block_tokens: int,
                  logit_rows: np.ndarray) -> dict[str, object]:
     """Inputs of a serving- or kernel-level graph for one sequence with `done` tokens already in `state`."""
     count = len(ids)
@@ -89,6 +92,11 @@ def paged_inputs(graph: Graph, ids: np.ndarray, done: int, state: dict[str, KVAr
             inputs[value.name.replace("block_tables", "slots")] = slots.astype(np.int32)
             blocks += columns
     for value in graph.inputs:
-        if isinstance(value.type, StateType):
-            inputs[value.name] = state[value.name] if state else KVArrays.zeros(value.type, blocks)
+        if value.name.startswith("pages"):
+            inputs[value.name] = np.full((1, 2), blocks, np.int32)
+            blocks += 1
+    for value in graph.inputs:
+        if isinstance(value.type, STATES):
+            kind = KVArrays if isinstance(value.type, StateType) else RecurrentArrays
+            inputs[value.name] = state[value.name] if state else kind.zeros(value.type, blocks)  # type: ignore[arg-type]
     return inputs

@@ -8,6 +8,7 @@ import torch
 
 from inferloom.compiler.frontends import huggingface
 from inferloom.ir.interpret import interpret
+from inferloom.ir.ops.recurrent import STATE_OF
 from inferloom.ir.verify import verify
 from tests import zoo
 
@@ -53,7 +54,7 @@ def test_graph_matches_transformers(name: str) -> None:
     imported = traced.imported
     verify(imported.graph, "model")
     assert all(n.loc for n in imported.graph.nodes if n.op != "constant")
-    slots = [n.attrs["slot"] for n in imported.graph.nodes if n.op == "attention"]
+    slots = [n.attrs["slot"] for n in imported.graph.nodes if n.op in ("attention", *STATE_OF)]
     assert slots == list(range(len(slots))) and slots
     check(imported, zoo.build(name))
 

@@ -21,7 +21,8 @@ from inferloom.compiler.weights import weight_buffers
 from inferloom.ir import op as ops
 from inferloom.ir.graph import Graph, Value
 from inferloom.ir.ops.attention import KVArrays
-from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.ir.ops.recurrent import RecurrentArrays
+from inferloom.ir.types import DType, RecurrentType, StateType, TensorType
 from inferloom.runtime.device.base import make_tiles
 from inferloom.runtime.manifest import DIMS, Tiles
 from inferloom.targets.base import KernelSource, Scratch
@@ -29,6 +30,7 @@ from inferloom.targets.chips import GpuChip, find
 from inferloom.targets.triton.aot import module_text
 from inferloom.targets.triton.codegen import TritonTarget
 from inferloom.targets.triton.source import KernelText
+from tests.targets.single import before, compare
 
 STORED = {DType.F32: np.float32, DType.F16: np.float16, DType.BF16: ml_dtypes.bfloat16, DType.I32: np.int32}
 TORCH = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32,
@@ -90,6 +92,12 @@ def unpack_state(pool: np.ndarray, type: StateType, offset: int, stride: int) ->
     return KVArrays(k, v, type)
 
 
+def unpack_recurrent(pool: np.ndarray, type: RecurrentType, offset: int, stride: int) -> RecurrentArrays:
+    """One layer's pages, which are the same on every target, as the arrays of the reference."""
+    data = pool.reshape(-1, stride)[:, offset:offset + type.bytes].copy().view(np.float32)
+    return RecurrentArrays(data.reshape(-1, *type.shape), type)
+
+
 def target(chip: str = "h100", **options: Any) -> TritonTarget:
     found = find(chip)
     assert isinstance(found, GpuChip)
@@ -143,7 +151,9 @@ class Compiled:
                 # Attention rounds its weights to what the state is stored in.
                 states = [v.type.dtype for v in node.operands if v is not None and isinstance(v.type, StateType)]
                 for value, w in zip(node.results, want, strict=True):
-                    compare(self.read(value), w, (*states, value.type.dtype), self.selection.sources[call.kernel].symbol)
+                    compare(self.read(value), w, before(self.plan, node, value, operands),
+                            max(TOLERANCE[d] for d in (*states, value.type.dtype)),
+                            self.selection.sources[call.kernel].symbol)
         return np.asarray(self.read(self.graph.outputs[0]))
 
     def _argument(self, arg: object, type: str, places: Any) -> torch.Tensor:
@@ -162,6 +172,8 @@ class Compiled:
         place = self.plan.places[value]
         if place.space == "input":
             return self.held[place.name]
+        if isinstance(value.type, RecurrentType):
+            return unpack_recurrent(self.pool, value.type, place.offset, self.plan.bytes_per_block)
         if isinstance(value.type, StateType):
             return unpack_state(self.pool, value.type, place.offset, self.plan.bytes_per_block)
         assert isinstance(value.type, TensorType)
@@ -176,13 +188,4 @@ class Compiled:
         return data.reshape(rows, *[int(str(d)) for d in value.type.shape[1:]])
 
 
-def compare(got: Any, want: Any, dtypes: Sequence[DType], symbol: str) -> None:
-    """Results against the reference, within the `TOLERANCE` of the coarsest of the element types."""
-    pairs = [(got.k, want.k), (got.v, want.v)] if isinstance(got, KVArrays) else [(got, want)]
-    for g, w in pairs:
-        assert g.shape == w.shape, f"{symbol}: {g.shape} is not {w.shape}"
-        error = np.abs(g - w).max(initial=0)
-        assert error <= max(TOLERANCE[d] for d in dtypes) * max(1e-3, np.abs(w).max(initial=0)), f"{symbol}: {error}"
-
-
-__all__ = ["Compiled", "compare", "launch", "load_module", "pointer", "target"]
+__all__ = ["Compiled", "launch", "load_module", "pointer", "target"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from inferloom.ir.types import StateType
+from inferloom.ir.types import STATES
 from inferloom.runtime.device.base import make_tiles
 from inferloom.runtime.manifest import DIMS, Tiles
 from inferloom.targets.base import Scratch
@@ -56,4 +56,4 @@ class Kernels(Bodies):
             args = [argument(a, t) for a, (_, t) in zip(kernel.args, kernel.parameters)]
             launch(self.module, kernel, args, grid, rng if shuffle is not None else None)
         return [read(v, m) for v, m in zip(made.outputs, memory[len(made.inputs):], strict=True)
-                if not isinstance(v.type, StateType)]
+                if not isinstance(v.type, STATES)]

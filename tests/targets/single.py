@@ -8,10 +8,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from inferloom.compiler.plan import Plan
 from inferloom.ir import op as ops
-from inferloom.ir.graph import Builder, Graph, Value
+from inferloom.ir.graph import Builder, Graph, Node, Value
 from inferloom.ir.ops import kernel as kernel_op
-from inferloom.ir.types import DType, StateType, Sym, TensorType, cast_array
+from inferloom.ir.ops.attention import KVArrays
+from inferloom.ir.ops.recurrent import RecurrentArrays
+from inferloom.ir.types import STATES, DType, RecurrentType, Sym, TensorType, cast_array
 from inferloom.targets.base import KernelSource, Layout
 
 TOKENS, ROWS = Sym("tokens", 64), Sym("rows", 16)
@@ -111,8 +114,9 @@ def elements(type: TensorType) -> int:
 
 def layout(value: Value) -> Layout:
     """Rows of whole cache lines and one more, so that a kernel that ignores `ld` fails."""
-    if isinstance(value.type, StateType):
-        return Layout("state", 0, value.type.bytes_per_block + 128)
+    if isinstance(value.type, STATES):
+        size = value.type.bytes if isinstance(value.type, RecurrentType) else value.type.bytes_per_block
+        return Layout("state", 0, size + 128)
     if not symbolic(value.type):
         return Layout("weights")
     if value.name and value.type.dtype is DType.I32:  # a step input: dense
@@ -123,7 +127,7 @@ def layout(value: Value) -> Layout:
 
 def place(value: Value, x: Any) -> np.ndarray:
     """An operand in memory."""
-    if isinstance(value.type, StateType):
+    if isinstance(value.type, STATES):
         return np.asarray(x)
     assert isinstance(value.type, TensorType)
     kind, ld = STORED[value.type.dtype], layout(value).ld
@@ -139,7 +143,7 @@ def place(value: Value, x: Any) -> np.ndarray:
 
 def results(made: Graph, sizes: Mapping[str, int]) -> list[np.ndarray]:
     """Zeroed memory for what a body returns."""
-    return [aligned(0 if isinstance(v.type, StateType) else
+    return [aligned(0 if isinstance(v.type, STATES) else
                     sizes[str(v.type.shape[0])] * layout(v).ld * v.type.dtype.itemsize) for v in made.outputs]
 
 
@@ -153,3 +157,29 @@ def read(value: Value, memory: np.ndarray) -> np.ndarray:
     assert not data[:, size:].any(), "written past the end of a row"
     rows = data[:, :size].astype(np.float32 if value.type.dtype.is_float else np.int32)
     return rows.reshape(len(rows), *[int(str(d)) for d in value.type.shape[1:]])
+
+
+def parts(x: Any) -> list[np.ndarray]:
+    """The arrays of a value, state or not."""
+    if isinstance(x, KVArrays):
+        return [x.k, x.v]
+    return [x.data] if isinstance(x, RecurrentArrays) else [x]
+
+
+def before(plan: Plan, node: Node, result: Value, operands: Sequence[Any]) -> Any:
+    """What the operand of a kernel was that a result has the place of; None for results that are not state."""
+    if not isinstance(result.type, STATES):
+        return None
+    return next(x for v, x in zip(node.operands, operands) if v is not None and plan.places[v] == plan.places[result])
+
+
+def compare(got: Any, want: Any, before: Any, relative: float, name: str) -> None:
+    """Errors are relative to the largest magnitude. Of state `before` the step, what must stay has the same bits."""
+    for g, w, b in zip(parts(got), parts(want), parts(before) if before is not None else [None, None]):
+        assert g.shape == w.shape, f"{name}: {g.shape} is not {w.shape}"
+        if b is not None:
+            kept = (w == b) | (np.isnan(w) & np.isnan(b))
+            assert np.array_equal(g[kept], b[kept], equal_nan=True), f"{name}: state changed that must stay"
+            g, w = g[~kept], w[~kept]
+        error = np.abs(g - w).max(initial=0)
+        assert error <= relative * max(1e-3, np.abs(w).max(initial=0)), f"{name}: error {error}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from inferloom.ir.types import StateType
+from inferloom.ir.types import STATES
 from inferloom.targets.base import Logits
 from inferloom.targets.chips import find
 from inferloom.targets.tvm.codegen import CpuTarget
@@ -40,4 +40,4 @@ class Kernels(Bodies):
         for chunk in range(chunks):
             function(*pointers, *[None] * (16 - len(pointers)), ctypes.addressof(dims), chunk)
         return [read(v, m) for v, m in zip(made.outputs, memory[len(made.inputs):], strict=True)
-                if not isinstance(v.type, StateType)]
+                if not isinstance(v.type, STATES)]

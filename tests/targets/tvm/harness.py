@@ -14,11 +14,12 @@ from inferloom.compiler.weights import weight_buffers
 from inferloom.ir import op as ops
 from inferloom.ir.graph import Graph, Value
 from inferloom.ir.ops.attention import KVArrays
-from inferloom.ir.types import DType, StateType, TensorType
+from inferloom.ir.ops.recurrent import RecurrentArrays
+from inferloom.ir.types import DType, RecurrentType, StateType, TensorType
 from inferloom.targets.base import Logits
 from inferloom.targets.chips import find
 from inferloom.targets.tvm.codegen import CpuTarget
-from tests.targets.single import aligned
+from tests.targets.single import aligned, before, compare
 
 
 class Call(ctypes.Structure):
@@ -55,6 +56,12 @@ def unpack_state(pool: np.ndarray, type: StateType, offset: int, stride: int) ->
     k = k.transpose(0, 2, 4, 1, 3, 5).reshape(-1, type.heads, type.k_dim)
     v = v.transpose(0, 2, 3, 1, 4).reshape(-1, type.heads, type.v_dim)
     return KVArrays(to_float(k, type.dtype), to_float(v, type.dtype), type)
+
+
+def unpack_recurrent(pool: np.ndarray, type: RecurrentType, offset: int, stride: int) -> RecurrentArrays:
+    """One layer's pages as the arrays of the reference."""
+    data = pool.reshape(-1, stride)[:, offset:offset + type.bytes].copy().view(np.float32)
+    return RecurrentArrays(data.reshape(-1, *type.shape), type)
 
 
 class Compiled:
@@ -104,23 +111,18 @@ class Compiled:
                 want = ops.run_reference("kernel", operands, node.attrs)
                 assert self.lib.il_step(ctypes.byref(calls[i]), 1, dims, None) == 0
                 for value, w in zip(node.results, want, strict=True):
-                    self._compare(value, w, self.module.kernels[self.selection.calls[i].kernel].symbol, inputs)
+                    compare(self.read(value, inputs), w, before(self.plan, node, value, operands),
+                            2.0**-7 if value.type.dtype is DType.BF16 else 2e-5,
+                            self.module.kernels[self.selection.calls[i].kernel].symbol)
         return self.read(self.graph.outputs[0], inputs)
-
-    def _compare(self, value: Value, want: Any, symbol: str, inputs: dict[str, Any]) -> None:
-        got = self.read(value, inputs)
-        pairs = [(got.k, want.k), (got.v, want.v)] if isinstance(got, KVArrays) else [(got, want)]
-        relative = 2.0**-7 if value.type.dtype is DType.BF16 else 2e-5
-        for g, w in pairs:
-            assert g.shape == w.shape, f"{symbol}: {g.shape} is not {w.shape}"
-            error = np.abs(g - w).max()
-            assert error <= relative * max(1e-3, np.abs(w).max()), f"{symbol} {value!r}: error {error}"
 
     def read(self, value: Value, inputs: dict[str, Any]) -> Any:
         """A value of the graph from memory, as the interpreter holds it."""
         place = self.plan.places[value]
         if place.space == "input":
             return self.held[place.name]
+        if isinstance(value.type, RecurrentType):
+            return unpack_recurrent(self.pool, value.type, place.offset, self.plan.bytes_per_block)
         if isinstance(value.type, StateType):
             return unpack_state(self.pool, value.type, place.offset, self.plan.bytes_per_block)
         assert isinstance(value.type, TensorType)
