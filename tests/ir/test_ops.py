@@ -112,6 +112,10 @@ for _n in range(6):
     for _k in range(4):
         PACKED[_n // 4, _k // 2, _n % 4, _k % 2] = W[_n, _k]
 IDS = np.array([5, 0, 5], np.int32)
+EXPERTS, EXPERT_BIAS = (RNG.standard_normal(s).astype(np.float32) for s in ((3, 6, 4), (3, 6)))
+CHOICE = np.array([[2, 0], [1, 1], [0, 2]], np.int32)
+PACKED_EXPERTS = np.stack([np.pad(w, ((0, 2), (0, 4))).reshape(2, 4, 4, 2).transpose(0, 2, 1, 3) for w in EXPERTS])
+CHOSEN = [[EXPERTS[e] @ np.float64(X[t]) + EXPERT_BIAS[e] for e in row] for t, row in enumerate(CHOICE)]
 BODY = Builder("body")
 _x = BODY.input("x", TensorType(DType.F32, (3, 4)))
 BODY_GRAPH = BODY.finish([BODY.emit("neg", BODY.emit("add", _x, _x)), _x])
@@ -167,6 +171,16 @@ CASES = [
     Case("packed_embedding", (IDS, PACKED), [W[5], W[0], W[5]], {"n": 6, "k": 4}),
     Case("pack_linear", (W,), PACKED, {"tile": 4, "pair": 2, "k_multiple": 8}, symbolic=False),
     Case("interleave", (W[:4], W[2:6]), [W[0], W[1], W[2], W[3], W[2], W[3], W[4], W[5]], {"group": 2}, symbolic=False),
+    Case("topk", (np.float32([[1, 3, 3, 2], [4, -1, 0, 4]]),), ([[3, 3], [4, 4]], [[1, 2], [0, 3]]), {"k": 2}, symbolic=False),
+    Case("take", (X, CHOICE), [[r[i] for i in row] for r, row in zip(X, CHOICE)]),
+    Case("expert_linear", (X[:, None], EXPERTS, CHOICE, EXPERT_BIAS), CHOSEN, symbolic=False),
+    Case("expert_linear", (np.stack([X, Y], 1), EXPERTS.transpose(0, 2, 1), CHOICE), [
+        [EXPERTS[e] @ np.float64(x) for e, x in zip(row, xs)] for row, xs in zip(CHOICE, zip(X, Y))], {"transposed": True},
+         symbolic=False),
+    Case("pack_experts", (EXPERTS,), PACKED_EXPERTS, {"tile": 4, "pair": 2, "k_multiple": 8}, symbolic=False),
+    Case("pack_experts", (EXPERTS.transpose(0, 2, 1),), PACKED_EXPERTS,
+         {"tile": 4, "pair": 2, "k_multiple": 8, "transposed": True}, symbolic=False),
+    Case("packed_expert_linear", (X[:, None], PACKED_EXPERTS, CHOICE, EXPERT_BIAS), CHOSEN, {"n": 6, "k": 4}, symbolic=False),
     Case("rms_norm", (X, W4), [r * W4 / math.sqrt(np.dot(np.float64(r), r) / 4 + 0.1) for r in X], {"eps": 0.1}),
     Case("rms_norm", (X * 1e-3,), [r * 1e-3 / math.sqrt(np.dot(np.float64(r), r) / 4e6 + 1e-5) for r in X],
          {"eps": 1e-5}),
@@ -319,6 +333,17 @@ REFUSED = [
     ("paged_attention", "f32:t,4,6 kv i32:3 i32:2 i32:2 f32:4", FLEX, "must be i32"),
     ("kv_write", "kv f32:t,2,5 f32:t,2,3 i32:t", {}, "do not fit the state"),
     ("kv_write", "kv f32:t,2,6 f32:t,2,3 f32:t", {}, "slots must be i32"),
+    ("topk", "f32:t,4", {"k": 5}, "at least k=5"), ("topk", "i32:t,4", {"k": 1}, "needs f32"),
+    ("take", "f32:t,4 f32:t,2", {}, "places must be i32"), ("take", "f32:t,4 i32:4,2", {}, "equal x in all dims but"),
+    ("expert_linear", "f32:t,1,4 f32:3,6,5 i32:t,2", {}, "last dim of x"),
+    ("expert_linear", "bf16:t,1,4 f32:3,6,4 i32:t,2", {}, "insert a cast"),
+    ("expert_linear", "f32:t,4 f32:3,6,4 i32:t,2", {}, "last dim of x"),
+    ("expert_linear", "f32:t,3,4 f32:3,6,4 i32:t,2", {}, "1 or 2 rows a token, got 3"),
+    ("expert_linear", "f32:t,1,4 f32:3,6,4 f32:t,2", {}, "choice i32"),
+    ("expert_linear", "f32:t,1,4 f32:3,6,4 i32:t,2 f32:6", {}, "bias must be"),
+    ("pack_experts", "f32:6,4", {"tile": 4, "pair": 1, "k_multiple": 1}, "must be static"),
+    ("pack_experts", "f32:3,6,4", {"tile": 4, "pair": 2, "k_multiple": 3}, "a multiple of pair"),
+    ("packed_expert_linear", "f32:t,1,5 f32:3,2,4,4,2 i32:t,2", {"n": 6, "k": 4}, "x must be"),
     ("kernel", "f32:3,4", {"kind": "magic", "body": BODY_GRAPH}, "unknown kind of kernel 'magic'"),
     ("kernel", "f32:3,5", {"kind": "row", "body": BODY_GRAPH}, "do not match the body's inputs"),
 ]

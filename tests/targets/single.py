@@ -119,7 +119,8 @@ def layout(value: Value) -> Layout:
         return Layout("state", 0, size + 128)
     if not symbolic(value.type):
         return Layout("weights")
-    if value.name and value.type.dtype is DType.I32:  # a step input: dense
+    if value.name and value.type.dtype is DType.I32 and (value.type.rank == 1 or value.type.shape[0] != TOKENS):
+        # A step input: dense.
         return Layout("input")
     line = 64 // value.type.dtype.itemsize
     return Layout("workspace", (-(-elements(value.type) // line) + 1) * line)
