@@ -120,8 +120,6 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", _GATED | {"layer_types": ["conv", "full_attention"]}),
 }
 ZOO |= RECURRENT
-#: What GPUs cannot do yet: choosing groups of experts before experts.
-CPU_ONLY = {"dots1_groups"}
 #: Families that need no options of their own.
 ZOO |= {name: (name, _GATED | {"head_dim": 16}) for name in (
     "olmo", "olmo3", "exaone4", "helium", "nemotron", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "glm", "phi",

@@ -64,7 +64,7 @@ def slice_scatter(im: Importer, base: Any, x: Any, axis: int = 0, start: Any = N
         base = Written(base.shape, axis, ())
     if not isinstance(base, Written) or base.axis != axis or step != 1 or start < 0 or not isinstance(base.shape[axis], int):
         raise UnsupportedError("writing into part of a tensor, other than one part after the other of a new one")
-    size = min(END if end is None else end, base.shape[axis]) - start
+    size = min(END if end is None else int(end), int(str(base.shape[axis]))) - start
     if size != x.shape[axis]:
         raise UnsupportedError(f"writing {x.shape[axis]} columns over {size}")
     parts = tuple(sorted((*((s, p) for s, p in base.parts if s != start), (start, x)), key=lambda part: part[0]))

@@ -19,6 +19,7 @@ from inferloom.targets.triton.source import Index, KernelText, Writer
 from inferloom.targets.triton.values import (
     REDUCTIONS,
     TL_TYPES,
+    UNROLLED,
     Values,
     arange,
     cone,
@@ -166,15 +167,21 @@ class _RowKernel:
                 return
         self.branches.append(_Branch(shape, [store]))
 
+    def _reductions(self, value: Value) -> list[tuple[int, int]]:
+        """(how many, of how many elements) of all reductions that a value needs."""
+        return [size for node in cone(self.body, value) if (size := _reduces(node)) is not None]
+
+    def _nested(self, value: Value) -> bool:
+        """Whether a reduction of a whole row is over results of reductions of its parts."""
+        return any(size[0] == 1 and node.operands[0] is not None
+                   and any(count > 1 for count, _ in self._reductions(node.operands[0]))
+                   for node in cone(self.body, value) if (size := _reduces(node)) is not None)
+
     def _cut(self, value: Value, total: int) -> _Shape:
-        shapes = []
-        for node in cone(self.body, value):
-            if node.op in REDUCTIONS and node.operands[0] is not None and not first_of_row(node):
-                shape = dims_of(node.operands[0])
-                axes = node.attrs.get("axes")
-                inner = prod(shape[len(shape) - (len(axes) if isinstance(axes, tuple) else 1):])
-                shapes.append((prod(shape) // inner, inner))
+        shapes = self._reductions(value)
         heads = {s for s in shapes if s[0] > 1}
+        if (len(heads) > 1 or self._nested(value)) and all(inner <= UNROLLED for _, inner in heads):
+            return _Shape(1, total, total)
         if len(heads) > 1:
             raise UnsupportedError(f"{self.source.node.loc}: reductions of different shapes in one kernel: {shapes}")
         if heads:
@@ -189,3 +196,12 @@ class _RowKernel:
             return _Shape(1, total, total)
         inner = min(PIECE, total)
         return _Shape(-(-total // inner), inner, total)
+
+
+def _reduces(node: Node) -> tuple[int, int] | None:
+    """(how many, of how many elements) of a node that reduces trailing axes."""
+    if node.op not in REDUCTIONS or node.operands[0] is None or first_of_row(node):
+        return None
+    shape, axes = dims_of(node.operands[0]), node.attrs.get("axes")
+    inner = prod(shape[len(shape) - (len(axes) if isinstance(axes, tuple) else 1):])
+    return prod(shape) // inner, inner

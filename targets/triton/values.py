@@ -6,6 +6,7 @@ of its tile asks for its operands at theirs, down to loads. Equal expressions ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
@@ -20,6 +21,8 @@ TYPES = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16", DType.I32: "i
 TL_TYPES = {DType.F32: "tl.float32", DType.F16: "tl.float16", DType.BF16: "tl.bfloat16", DType.I32: "tl.int32"}
 #: Largest row that a reduction holds in registers.
 MAX_ROW = 65_536
+#: The most elements that a reduction takes one after the other, where tiles are of several reductions.
+UNROLLED = 64
 REDUCTIONS = ("rms_norm", "layer_norm", "sum", "mean", "max", "topk")
 
 #: Functions that generated files begin with, beyond what Triton has.
@@ -234,18 +237,26 @@ class Values:
         shape = dims_of(x)
         inner = shape[len(shape) - axes:]
         count = prod(inner)
-        if any(self.w.is_tile(i) for i in index):
-            raise UnsupportedError(f"{node.loc}: {node.op} over part of a row, within a tile of several such parts")
         if count > MAX_ROW:
             raise UnsupportedError(f"{node.loc}: {node.op} over {count} elements; at most {MAX_ROW} fit a GPU kernel")
         tile = arange(self.w, count)
         return [*index, *self.w.unflatten(tile, inner)], self.w.mask([tile]), count
+
+    def _unrolled(self, node: Node, x: Value, outer: Sequence[Index], axes: int) -> list[str]:
+        """The elements of x over its last axes, one by one, at a tile of outer indices."""
+        inner = dims_of(x)[len(dims_of(x)) - axes:]
+        if prod(inner) > UNROLLED:
+            raise UnsupportedError(f"{node.loc}: {node.op} over {prod(inner)} elements, within a tile of several such parts")
+        return [self.at(x, [*outer, *self.w.unflatten(Index(const=i), inner)]) for i in range(prod(inner))]
 
     def _fold(self, node: Node, x: Value, outer: Sequence[Index], axes: int, term: str = "{0}", how: str = "sum",
               other: str = "0.0") -> tuple[str, int]:
         """`term` of x summed (or how) over its last `axes` axes, `other` in places that are masked out."""
         if prod(dims_of(x)[len(dims_of(x)) - axes:]) == 1:
             return self.w.name(term.format(self.at(x, [*outer, *[Index()] * axes])), "s"), 1
+        if any(self.w.is_tile(i) for i in outer):
+            parts = [term.format(part) for part in self._unrolled(node, x, outer, axes)]
+            return self.w.name(_chained(parts, how), "s"), len(parts)
         index, mask, count = self._row(node, x, outer, axes)
         text = term.format(self.at(x, index))
         loaded_as_zero = x in self.inputs and other == "0.0" and "-" not in term
@@ -260,10 +271,7 @@ class Values:
             raise TypeError(node)
         if first_of_row(node):
             parts = [self.at(x, [index[0], Index(const=i), *index[1:]]) for i in range(dims_of(x)[0])]
-            total = parts[0]
-            for part in parts[1:]:
-                total = self.w.name(f"{total} + {part}" if how == "sum" else f"tl.maximum({total}, {part})")
-            return total, len(parts)
+            return self.w.name(_chained(parts, how), "s"), len(parts)
         if axes != list(range(x.type.rank - len(axes), x.type.rank)):
             raise UnsupportedError(f"{node.loc}: the GPU target reduces trailing axes only, not {axes}")
         return self._fold(node, x, index[:axes[0]], len(axes), "{0}", how, other)
@@ -303,6 +311,8 @@ class Values:
         """The largest, then the largest of the rest, ...: all of them as scalars, put in their places."""
         if dims_of(_required(node.operands[0]))[-1] == 1:
             return "0" if result is node.results[1] else self.at(node.operands[0], index)
+        if any(self.w.is_tile(i) for i in index[:-1]):
+            return self._topk_unrolled(node, index, result)
         tile, mask, _ = self._row(node, _required(node.operands[0]), index[:-1], 1)
         x, columns = self.at(node.operands[0], tile), str(tile[-1])
         left = self.w.name(f"tl.where({mask}, {x}, float('-inf'))") if mask else x
@@ -313,6 +323,20 @@ class Values:
             chosen = first if places else top
             made = self.w.name(f"tl.where({index[-1]} == {i}, {chosen}, {made})") if made else chosen
             left = self.w.name(f"tl.where({columns} == {first}, float('-inf'), {left})")
+        return made
+
+    def _topk_unrolled(self, node: Node, index: list[Index], result: Value) -> str:
+        """The same for a tile of rows, each of which lies in several values."""
+        left = self._unrolled(node, _required(node.operands[0]), index[:-1], 1)
+        places, made = result is node.results[1], ""
+        for i in range(int(str(node.attrs["k"]))):
+            top, first = left[0], "0"
+            for column, x in enumerate(left[1:], 1):
+                first = self.w.name(f"tl.where({x} > {top}, {column}, {first})", "s")
+                top = self.w.name(f"tl.maximum({top}, {x})", "s")
+            chosen = first if places else top
+            made = self.w.name(f"tl.where({index[-1]} == {i}, {chosen}, {made})") if made else chosen
+            left = [self.w.name(f"tl.where({first} == {column}, float('-inf'), {x})") for column, x in enumerate(left)]
         return made
 
     def _take(self, node: Node, index: list[Index]) -> str:
@@ -376,6 +400,11 @@ def first_of_row(node: Node) -> bool:
     x = node.operands[0]
     shape = x.type.shape if x is not None and isinstance(x.type, TensorType) else ()
     return node.attrs.get("axes") == (1,) and len(shape) > 2 and not isinstance(shape[0], int) and not node.attrs["keepdims"]
+
+
+def _chained(parts: Sequence[str], how: str) -> str:
+    """Their sum, or their maximum, from the first to the last."""
+    return functools.reduce((lambda a, b: f"{a} + {b}") if how == "sum" else (lambda a, b: f"tl.maximum({a}, {b})"), parts)
 
 
 def arange(w: Writer, count: int) -> Index:

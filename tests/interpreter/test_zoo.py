@@ -23,8 +23,7 @@ QUICK = {"llama_tied_bias", "mpt", "qwen3", "gemma2", "gpt_oss"}
 TOLERANCE = {DType.F32: 1e-4, DType.F16: 3e-2, DType.BF16: 0.3}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO
-                                  if n not in zoo.CPU_ONLY])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO])
 def test_architecture(name: str, tmp_path: Path) -> None:
     from inferloom.compiler.frontends.huggingface import trace_config
 
