@@ -205,7 +205,7 @@ def _layer(value: Value, place: Place, first: int) -> m.StateLayer:
     type = value.type
     if isinstance(type, StateType):
         return m.StateLayer(place.table - first, place.offset, type.bytes_per_block, str(type.dtype),
-                            (type.heads, type.k_dim, type.v_dim))
+                            (type.heads, type.k_dim, 0 if type.latent else type.v_dim))
     if isinstance(type, RecurrentType):
         return m.StateLayer(place.table - first, place.offset, type.bytes, str(type.dtype), type.shape)
     raise TypeError(value)

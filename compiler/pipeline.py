@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from inferloom.compiler.attention import latent
 from inferloom.compiler.passes import (
     bind_dims,
     canonicalize,
@@ -80,6 +81,7 @@ def steps(options: Options) -> tuple[Step, ...]:
         Step("canonicalize-2", canonicalize.run, "model", "merging leaves slices and reshapes behind"),
         Step("cse-2", cse.run, "model", "recognised ops may have become equal"),
         Step("dce", dce.run, "model", "what was matched is dead now"),
+        Step("absorb-latent", latent.run, "model", "looks for the linear that makes keys and values, and nothing else"),
         Step("lower-attention", lower_attention.run, "model", "variants read the attributes of the traced node"),
         Step("lower-precision", partial(lower_precision.run, dtype=options.dtype), "model",
              "after all patterns, which know nothing of casts"),

@@ -55,7 +55,8 @@ def _section(op: ops.OpDef) -> str:
 
 
 def _operand(parameter: inspect.Parameter, wanted: Any) -> str:
-    mark = "*" if parameter.kind is parameter.VAR_POSITIONAL else "?" if parameter.default is None else ""
+    absent = type(None) in typing.get_args(wanted)
+    mark = "*" if parameter.kind is parameter.VAR_POSITIONAL else "?" if absent else ""
     return f"`{parameter.name}{mark}`" + (" (state)" if wanted in STATES else "")
 
 

@@ -60,6 +60,10 @@ class OpDef:
     pointwise: bool
     foldable: bool
 
+    def may_be_absent(self, operand: str) -> bool:
+        """Whether None may stand for an operand."""
+        return type(None) in typing.get_args(self.operand_types[operand])
+
     def check_attrs(self, attrs: dict[str, Attr]) -> dict[str, Attr]:
         """Fill in defaults; unknown, missing or wrongly typed attributes raise VerifyError."""
         for name in attrs:
@@ -87,7 +91,7 @@ def _is_a(value: object, wanted: Any) -> bool:
     origin = typing.get_origin(wanted)
     if origin in (types.UnionType, typing.Union):
         return any(_is_a(value, w) for w in typing.get_args(wanted))
-    if wanted is type(None) or wanted is None:
+    if wanted is type(None):
         return value is None
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_a(v, typing.get_args(wanted)[0]) for v in value)
@@ -162,7 +166,7 @@ def infer(name: str, operands: Sequence[Type | None], attrs: Mapping[str, Attr],
         raise VerifyError(f"{where}: takes {required} to {len(declared.operands)} operands, got {len(operands)}")
     for i, value in enumerate(operands):
         param = declared.operands[min(i, len(declared.operands) - 1)]
-        if value is None and param.default is not None:
+        if value is None and not declared.may_be_absent(param.name):
             raise VerifyError(f"{where}: operand {param.name} is required")
         if not _is_a(value, declared.operand_types[param.name]):
             wanted = "state" if declared.operand_types[param.name] in STATES else "a tensor"

@@ -258,15 +258,15 @@ class _Parser:
         self.skip()
         start = self.at
         word = self.need(_NAME, "a type such as f32[tokens,4]")
-        if word == "kv":
+        if word in ("kv", "latent"):
             self.expect("<")
             dtype, sizes = self.dtype(self.need(_NAME, "an element type"), start), []
             while self.accept(","):
                 sizes.append(int(self.need(_INT, "a number")))
             self.expect(">")
             if len(sizes) != 4:
-                raise self.error("state is kv<element type,heads,k_dim,v_dim,block_tokens>", start)
-            return StateType(dtype, *sizes)
+                raise self.error(f"state is {word}<element type,heads,k_dim,v_dim,block_tokens>", start)
+            return StateType(dtype, *sizes, latent=word == "latent")
         if word == "rec":
             self.expect("<")
             dtype, shape = self.dtype(self.need(_NAME, "an element type"), start), []

@@ -120,6 +120,7 @@ class TensorType:
 class StateType:
     """Paged key-value state of one layer: K `[slots, heads, k_dim]` and V `[slots, heads, v_dim]`.
 
+    With `latent`, the first `v_dim` elements of a key are its value, and nothing else is stored.
     A slot is `block * block_tokens + offset`. How a target lays slots out in memory is its own affair.
     """
 
@@ -128,13 +129,19 @@ class StateType:
     k_dim: int
     v_dim: int
     block_tokens: int
+    latent: bool = False
+
+    @property
+    def per_token(self) -> int:
+        """Elements that a head keeps of a token."""
+        return self.k_dim if self.latent else self.k_dim + self.v_dim
 
     @property
     def bytes_per_block(self) -> int:
-        return self.block_tokens * self.heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+        return self.block_tokens * self.heads * self.per_token * self.dtype.itemsize
 
     def __str__(self) -> str:
-        return f"kv<{self.dtype},{self.heads},{self.k_dim},{self.v_dim},{self.block_tokens}>"
+        return f"{'latent' if self.latent else 'kv'}<{self.dtype},{self.heads},{self.k_dim},{self.v_dim},{self.block_tokens}>"
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,9 +147,13 @@ class Model:
             pool = self.regions["state"][:blocks * stride].view(blocks, stride)
             data = pool[:, place.offset:place.offset + type.bytes_per_block].contiguous().view(TORCH[type.dtype]).float()
             split = type.heads * type.block_tokens * type.k_dim
-            k, v = (part.view(blocks, type.heads, type.block_tokens, -1).transpose(1, 2).flatten(0, 1).cpu().numpy()
-                    for part in (data[:, :split], data[:, split:]))
-            return KVArrays(k, v, type)
+
+            def part(data: Any, dim: int) -> np.ndarray:
+                held = data.view(blocks, type.heads, type.block_tokens, dim).transpose(1, 2).flatten(0, 1).cpu().numpy()
+                return np.asarray(held)
+
+            k = part(data[:, :split], type.k_dim)
+            return KVArrays(k, k[..., :type.v_dim] if type.latent else part(data[:, split:], type.v_dim), type)
         if not isinstance(type, TensorType):
             raise TypeError(value)
         if place.space == "input":

@@ -16,7 +16,7 @@ from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
 
 NAME = "lower-attention"
-_COMMON = frozenset({"scale", "slot"})
+_COMMON = frozenset({"scale", "slot", "v_dim"})
 
 
 def run(graph: Graph, report: Report) -> Graph:
@@ -39,7 +39,7 @@ def run(graph: Graph, report: Report) -> Graph:
             meaning = changed
         lowered = builder.emit_node(
             "flex_attention", (*operands[:3], *meaning.tables),
-            {"scale": node.attrs["scale"], "slot": node.attrs["slot"], "score": meaning.score,
+            {"scale": node.attrs["scale"], "slot": node.attrs["slot"], "v_dim": node.attrs["v_dim"], "score": meaning.score,
              "visible": meaning.visible, "first": meaning.first, "sink": meaning.sink}, node.loc)
         return lowered.results
 

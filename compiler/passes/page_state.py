@@ -47,7 +47,7 @@ def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: 
         if node.op != "flex_attention" and node.op not in STATE_OF:
             return None
         slot = slot_of(node)
-        attrs = {name: value for name, value in node.attrs.items() if name != "slot"}
+        attrs = {name: value for name, value in node.attrs.items() if name not in ("slot", "v_dim")}
         if node.op in STATE_OF:
             pages = inputs.get("pages", table[slot], (inputs.seqs, 2))
             made = builder.emit_node(PAGED_OP + node.op, (states[slot], *inputs.ragged(), pages, *operands), attrs, node.loc)
@@ -89,8 +89,9 @@ def _state_type(node: Node, dtype: DType, block_tokens: int) -> StateType | Recu
     if node.op in STATE_OF:
         attrs = {name: value for name, value in node.attrs.items() if name != "slot"}
         return STATE_OF[node.op](*(None if v is None else v.type for v in node.operands), **attrs)
-    (_, heads, k_dim), (_, _, v_dim) = (_shape(v) for v in node.operands[1:3])
-    return StateType(dtype, heads, k_dim, v_dim, block_tokens)
+    (_, heads, k_dim), v = _shape(node.operands[1]), node.operands[2]
+    v_dim = _shape(v)[2] if v is not None else int(str(node.attrs["v_dim"]))
+    return StateType(dtype, heads, k_dim, v_dim, block_tokens, latent=v is None)
 
 
 def _shape(value: Value | None) -> tuple[int, int, int]:

@@ -25,8 +25,8 @@ class KVArrays:
     def zeros(cls, type: StateType, blocks: int) -> KVArrays:
         """State of `blocks` empty blocks."""
         slots = blocks * type.block_tokens
-        return cls(np.zeros((slots, type.heads, type.k_dim), np.float32),
-                   np.zeros((slots, type.heads, type.v_dim), np.float32), type)
+        k = np.zeros((slots, type.heads, type.k_dim), np.float32)
+        return cls(k, k[..., :type.v_dim] if type.latent else np.zeros((slots, type.heads, type.v_dim), np.float32), type)
 
 
 def _qkv(q: TensorType, heads: Any, k_dim: Any) -> None:
@@ -34,6 +34,19 @@ def _qkv(q: TensorType, heads: Any, k_dim: Any) -> None:
         raise VerifyError(f"q must be [tokens, heads, {k_dim}], got {q}")
     if not isinstance(q.shape[1], int) or not isinstance(heads, int) or heads < 1 or q.shape[1] % heads:
         raise VerifyError(f"{q.shape[1]} query heads do not share {heads} key heads")
+
+
+def _kv(k: TensorType, v: TensorType | None, v_dim: int) -> Any:
+    """Check keys and values of a model-level attention; the size of a value."""
+    if k.rank != 3:
+        raise VerifyError(f"k must be [tokens, heads, dim], got {k}")
+    if v is None:
+        if not isinstance(k.shape[2], int) or not 0 < v_dim <= k.shape[2]:
+            raise VerifyError(f"without v, v_dim must be between 1 and {k.shape[2]}, got {v_dim}")
+        return v_dim
+    if v_dim or v.rank != 3 or k.shape[:2] != v.shape[:2]:
+        raise VerifyError("k and v must be [tokens, heads, dim] with equal tokens and heads, and v_dim is for no v")
+    return v.shape[2]
 
 
 def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarray, scale: float,
@@ -66,21 +79,23 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarr
 class Attention:
     """Attention of q [tokens, H, dk] over k [tokens, Hkv, dk], v [tokens, Hkv, dv] -> f32 [tokens, H, dv].
 
+    Without v, the first `v_dim` elements of a key are its value.
+
     As traced: `window` (0: none), `softcap` (0: none), `chunk` (0: none), optional per-head `sinks` [H] and
     `alibi` slopes [H]; `variant` names the pass that gives it meaning. `slot` numbers stateful ops in program
     order. The reference treats all tokens as one causal sequence that starts at position 0.
     """
 
-    def infer(q: TensorType, k: TensorType, v: TensorType, sinks: TensorType | None = None,  # type: ignore[misc]
+    def infer(q: TensorType, k: TensorType, v: TensorType | None, sinks: TensorType | None = None,  # type: ignore[misc]
               alibi: TensorType | None = None, *, scale: float, slot: int, window: int = 0, softcap: float = 0.0,
-              chunk: int = 0, variant: str = "causal") -> TensorType:
-        if k.rank != 3 or v.rank != 3 or k.shape[:2] != v.shape[:2]:
-            raise VerifyError("k and v must be [tokens, heads, dim] with equal tokens and heads")
+              chunk: int = 0, variant: str = "causal", v_dim: int = 0) -> TensorType:
+        width = _kv(k, v, v_dim)
         _qkv(q, k.shape[1], k.shape[2])
-        return TensorType(DType.F32, (*q.shape[:2], v.shape[2]))
+        return TensorType(DType.F32, (*q.shape[:2], width))
 
-    def reference(q, k, v, sinks=None, alibi=None, *, scale, slot, window, softcap, chunk, variant):  # type: ignore[no-untyped-def, misc]
+    def reference(q, k, v, sinks=None, alibi=None, *, scale, slot, window, softcap, chunk, variant, v_dim):  # type: ignore[no-untyped-def, misc]
         tokens, heads = q.shape[:2]
+        v = k[..., :v_dim] if v is None else v
         group = heads // k.shape[1]
         s = np.einsum("qhd,khd->hqk", q, np.repeat(k, group, 1)).astype(np.float32) * np.float32(scale)
         if softcap:
@@ -109,34 +124,39 @@ class FlexAttention:
     tokens as one sequence that starts at position 0.
     """
 
-    def infer(q: TensorType, k: TensorType, v: TensorType, *tables: TensorType, scale: float, slot: int,  # type: ignore[misc]
-              score: Expr, visible: Expr, first: Expr, sink: int = -1) -> TensorType:
-        if k.rank != 3 or v.rank != 3 or k.shape[:2] != v.shape[:2]:
-            raise VerifyError("k and v must be [tokens, heads, dim] with equal tokens and heads")
+    def infer(q: TensorType, k: TensorType, v: TensorType | None, *tables: TensorType, scale: float, slot: int,  # type: ignore[misc]
+              score: Expr, visible: Expr, first: Expr, sink: int = -1, v_dim: int = 0) -> TensorType:
+        width = _kv(k, v, v_dim)
         _qkv(q, k.shape[1], k.shape[2])
         if not -1 <= sink < len(tables):
             raise VerifyError(f"sink={sink} names no table")
-        return TensorType(DType.F32, (*q.shape[:2], v.shape[2]))
+        return TensorType(DType.F32, (*q.shape[:2], width))
 
-    def reference(q, k, v, *tables, scale, slot, score, visible, first, sink):  # type: ignore[no-untyped-def, misc]
+    def reference(q, k, v, *tables, scale, slot, score, visible, first, sink, v_dim):  # type: ignore[no-untyped-def, misc]
+        v = k[..., :v_dim] if v is None else v
         return dense_attention(q, k, v, np.arange(q.shape[0]), scale, score, visible, tables, sink)
 
 
 @op("kv_write", levels=(SERVING, KERNEL), tolerance=Tolerance(0.0, 0.0), foldable=False)
 class KvWrite:
-    """New state with k [tokens, heads, dk] and v [tokens, heads, dv] stored at `slots` i32[tokens]."""
+    """New state with k [tokens, heads, dk] and v [tokens, heads, dv] (none if latent) stored at `slots` i32[tokens]."""
 
-    def infer(state: StateType, k: TensorType, v: TensorType, slots: TensorType) -> StateType:  # type: ignore[misc]
-        if k.shape[1:] != (state.heads, state.k_dim) or v.shape[1:] != (state.heads, state.v_dim):
+    def infer(state: StateType, k: TensorType, v: TensorType | None, slots: TensorType) -> StateType:  # type: ignore[misc]
+        values = (state.heads, state.v_dim) if v is None else v.shape[1:]
+        if k.shape[1:] != (state.heads, state.k_dim) or values != (state.heads, state.v_dim) or (v is None) != state.latent:
             raise VerifyError("k and v do not fit the state")
         if slots.dtype is not DType.I32:
             raise VerifyError("slots must be i32")
         return state
 
     def reference(state, k, v, slots):  # type: ignore[no-untyped-def, misc]
-        made = KVArrays(state.k.copy(), state.v.copy(), state.type)
-        made.k[slots], made.v[slots] = cast_array(k, state.type.dtype), cast_array(v, state.type.dtype)
-        return made
+        keys = state.k.copy()
+        keys[slots] = cast_array(k, state.type.dtype)
+        if v is None:
+            return KVArrays(keys, keys[..., :state.type.v_dim], state.type)
+        values = state.v.copy()
+        values[slots] = cast_array(v, state.type.dtype)
+        return KVArrays(keys, values, state.type)
 
 
 @op("paged_attention", levels=(SERVING, KERNEL), tolerance=Tolerance(1e-4, 1e-4), foldable=False)

@@ -134,6 +134,19 @@ class Cast:
         return cast_array(x, dtype)
 
 
+@op("iota", tolerance=Tolerance(0.0, 0.0))
+class Iota:
+    """0, 1, ..., size - 1: i32 [size]."""
+
+    def infer(*, size: int) -> TensorType:  # type: ignore[misc]
+        if size < 1:
+            raise VerifyError(f"size must be positive, got {size}")
+        return TensorType(DType.I32, (size,))
+
+    def reference(*, size):  # type: ignore[no-untyped-def, misc]
+        return np.arange(size, dtype=np.int32)
+
+
 @op("constant", pointwise=True, tolerance=Tolerance(0.0, 0.0))
 class Constant:
     """A scalar constant of shape []."""

@@ -81,7 +81,12 @@ class Attention:
         self.stride = source.layouts[self.inputs[1]].block_stride // self.dtype.itemsize
         self.q_type = q.type.dtype
         # A tile of queries or keys is widened to a power of two that the matrix unit takes.
-        self.dk, self.dv = (max(16, next_power_of_2(d)) for d in (self.heads.k_dim, self.heads.v_dim))
+        # Of a key that is its value too, `dk` is what comes after the value.
+        own = self.heads.k_dim - (self.heads.v_dim if self.state.latent else 0)
+        self.dk, self.dv = (max(16, next_power_of_2(d)) for d in (own, self.heads.v_dim))
+        self.parts_of_key = [("dk", self.dk, own, self.heads.v_dim if self.state.latent else 0)] if own else []
+        if self.state.latent:
+            self.parts_of_key.append(("dv", self.dv, self.heads.v_dim, 0))
         self.sink = int(str(self.node.attrs["sink"]))
 
     # -- the three kernels
@@ -215,9 +220,10 @@ class Attention:
         w.line(f"valid = r < tokens * {self.heads.group}")
         w.line(f"dk = tl.arange(0, {self.dk})")
         w.line(f"dv = tl.arange(0, {self.dv})")
-        mask = f", mask=(dk < {self.heads.k_dim})[None, :], other=0" if self.dk != self.heads.k_dim else ""
-        w.line(f"q = tl.load(p{self.inputs[0]} + ((first + mine) * {self.ldq} + head * {self.heads.k_dim})[:, None] "
-               f"+ dk[None, :]{mask})")
+        for i, (column, size, used, start) in enumerate(self.parts_of_key):
+            mask = f", mask=({column} < {used})[None, :], other=0" if size != used else ""
+            w.line(f"q{i or ''} = tl.load(p{self.inputs[0]} + ((first + mine) * {self.ldq} "
+                   f"+ head * {self.heads.k_dim})[:, None] + {column}[None, :]{f' + {start}' if start else ''}{mask})")
         self._bounds(w)
 
     def _bounds(self, w: Writer) -> None:
@@ -278,10 +284,11 @@ class Attention:
         w.line(f"key = {last}" if last else "key = k_pos")
         w.line(f"block = tl.load(p{self.inputs[4]} + seq * {self.columns} + key // {tokens}).to(tl.int64) * {self.stride}")
         w.line(f"ka = block + (kv_head * {tokens * heads.k_dim} + key % {tokens} * {heads.k_dim})")
-        mask = f", mask=(dk < {heads.k_dim})[None, :], other=0" if self.dk != heads.k_dim else ""
-        w.line(f"k = tl.load({base} + ka[:, None] + dk[None, :]{mask})")
         precision = ', input_precision="ieee"' if self.dtype is DType.F32 else ""
-        w.line(f"s = tl.dot(q, k.T{precision})")
+        for i, (column, size, used, start) in enumerate(self.parts_of_key):
+            mask = f", mask=({column} < {used})[None, :], other=0" if size != used else ""
+            w.line(f"k{i or ''} = tl.load({base} + ka[:, None] + {column}[None, :]{f' + {start}' if start else ''}{mask})")
+            w.line(f"s = tl.dot(q{i or ''}, k{i or ''}.T{', s' if i else ''}{precision})")
         scale = float(str(self.node.attrs["scale"]))
         if score == scalar.Var("score"):
             w.line(f"s = s * {repr_float(scale * LOG2E)}")
@@ -299,11 +306,15 @@ class Attention:
         w.line("shrink = tl.exp2(top - new)")
         w.line("p = tl.exp2(s - new[:, None])")
         w.line("total = total * shrink + tl.sum(p, 1)")
+        narrow = self._narrow(self.dtype)
+        if state.latent:
+            w.line(f"acc = tl.dot(p{narrow}, k{len(self.parts_of_key) - 1 or ''}, acc * shrink[:, None]{precision})")
+            w.line("top = new")
+            return
         start = heads.kv * tokens * heads.k_dim
         w.line(f"va = block + (kv_head * {tokens * heads.v_dim} + key % {tokens} * {heads.v_dim} + {start})")
         mask = f", mask=(dv < {heads.v_dim})[None, :], other=0" if self.dv != heads.v_dim else ""
         w.line(f"v = tl.load({base} + va[:, None] + dv[None, :]{mask})")
-        narrow = self._narrow(self.dtype)
         w.line(f"acc = tl.dot(p{narrow}, v, acc * shrink[:, None]{precision})")
         w.line("top = new")
 

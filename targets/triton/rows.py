@@ -136,7 +136,7 @@ class _RowKernel:
 
     def _plan_kv_write(self, node: Node) -> None:
         state, k, v, slots = node.operands
-        if state is None or k is None or v is None or not isinstance(state.type, StateType):
+        if state is None or k is None or not isinstance(state.type, StateType):
             raise TypeError(node)
         number, type = self.values.inputs[state], state.type
         stride = self.source.layouts[number].block_stride // type.dtype.itemsize
@@ -156,7 +156,10 @@ class _RowKernel:
 
             return store
 
-        for value, dim, start in ((k, type.k_dim, 0), (v, type.v_dim, type.heads * type.block_tokens * type.k_dim)):
+        parts = [(k, type.k_dim, 0)]
+        if v is not None:
+            parts.append((v, type.v_dim, type.heads * type.block_tokens * type.k_dim))
+        for value, dim, start in parts:
             self._add(self._cut(value, type.heads * dim), put(value, dim, start))
 
     def _add(self, shape: _Shape, store: Callable[[list[Index], Index], None]) -> None:

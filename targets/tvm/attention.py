@@ -131,9 +131,10 @@ class _Attention:
             per_block = state.block_tokens // KEYS
             blockid = bind(self.tables[seq * self.columns + tile // per_block])
             base = bind(wide(blockid) * self.stride
-                        + wide((head * per_block + tile % per_block) * (KEYS * (state.k_dim + dv))))
+                        + wide((head * per_block + tile % per_block) * (KEYS * state.per_token)))
             self._scores(rows, dk, base, q_heads, first, offsets, where, tile, top, total, probs, decay)
-            self._values(rows, dv, lanes, bind(base + KEYS * state.k_dim), probs, decay, out)
+            values = base if state.latent else bind(base + KEYS * state.k_dim)
+            self._values(rows, dv, lanes, values, probs, decay, out)
         for r in range(rows):
             token = first + offsets[r // size]
             parts = [total[r * LANES + i] for i in range(LANES)]
@@ -149,21 +150,10 @@ class _Attention:
                 where: list[Expr], tile: Expr, top: Expr, total: Expr, probs: Expr, decay: Expr) -> None:
         """Scores of one tile of keys for all rows, and the step of their online softmax."""
         acc = scratch(rows * KEYS)
-        for r in range(rows):
-            store(acc, number(0.0, KEYS), T.int32(r * KEYS), KEYS)
         keys = bind(base // self.pair)
         queries = [bind((first + offsets[r // self.size]) * self.ldq + q_heads[r % self.size] * dk)
                    for r in range(rows)]
-        unroll = gcd(dk, 4)
-        with T.serial(0, dk // unroll) as d4:
-            for u in range(unroll):
-                d = d4 * unroll + u
-                k = bind(self.keys[T.ramp(keys + wide(d * KEYS), 1, KEYS)])
-                for r in range(rows):
-                    q = splat(self.q[queries[r] + d], KEYS)
-                    made = acc[lane_of(T.int32(r * KEYS), KEYS)]
-                    made = self.isa.dot_pair(made, q, k) if self.pair == 2 else vmath.fma(q, k, made, KEYS)
-                    store(acc, made, T.int32(r * KEYS), KEYS)
+        (self._by_row if self.state.latent else self._by_column)(rows, dk, keys, queries, acc)
         scale = float(str(self.node.attrs["scale"]))
         k_pos = bind(T.ramp(tile * KEYS, 1, KEYS))
         for r in range(rows):
@@ -184,8 +174,42 @@ class _Attention:
             store(decay, shrink, T.int32(r), 1)
             store(probs, p, T.int32(r * KEYS), KEYS)
 
+    def _by_row(self, rows: int, dk: int, keys: Expr, queries: list[Expr], acc: Expr) -> None:
+        """acc = products with keys that lie one after the other, so that they can be values too."""
+        lanes = vectors(dk)
+        with T.serial(0, KEYS) as j:
+            sums = scratch(rows * lanes)
+            for r in range(rows):
+                store(sums, number(0.0, lanes), T.int32(r * lanes), lanes)
+            with T.serial(0, dk // lanes) as v:
+                d = bind(v * lanes)
+                k = bind(self.keys[lane_of(keys + wide(j * dk + d), lanes)])
+                for r in range(rows):
+                    q, made = self.q[lane_of(queries[r] + d, lanes)], sums[lane_of(T.int32(r * lanes), lanes)]
+                    made = self.isa.dot_pair(made, q, k, lanes) if self.pair == 2 else vmath.fma(q, k, made, lanes)
+                    store(sums, made, T.int32(r * lanes), lanes)
+            for r in range(rows):
+                total = tree([sums[r * lanes + i] for i in range(lanes)], lambda a, b: a + b)
+                store(acc, total, r * KEYS + j, 1)
+
+    def _by_column(self, rows: int, dk: int, keys: Expr, queries: list[Expr], acc: Expr) -> None:
+        """acc = products with keys of which the same element of 16 lies side by side."""
+        for r in range(rows):
+            store(acc, number(0.0, KEYS), T.int32(r * KEYS), KEYS)
+        unroll = gcd(dk, 4)
+        with T.serial(0, dk // unroll) as d4:
+            for u in range(unroll):
+                d = d4 * unroll + u
+                k = bind(self.keys[T.ramp(keys + wide(d * KEYS), 1, KEYS)])
+                for r in range(rows):
+                    q = splat(self.q[queries[r] + d], KEYS)
+                    made = acc[lane_of(T.int32(r * KEYS), KEYS)]
+                    made = self.isa.dot_pair(made, q, k) if self.pair == 2 else vmath.fma(q, k, made, KEYS)
+                    store(acc, made, T.int32(r * KEYS), KEYS)
+
     def _values(self, rows: int, dv: int, lanes: int, base: Expr, probs: Expr, decay: Expr, out: Expr) -> None:
         """out = out * decay + probs @ values of one tile, with a column block of all rows in registers."""
+        apart = self.state.k_dim if self.state.latent else dv
         with T.serial(0, dv // lanes) as c:
             column = bind(c * lanes)
             acc = scratch(rows * lanes)
@@ -193,7 +217,7 @@ class _Attention:
                 x = out[lane_of(r * dv + column, lanes)] * splat(decay[r], lanes)
                 store(acc, x, T.int32(r * lanes), lanes)
             for j in range(KEYS):
-                raw = self.pool[lane_of(base + wide(column + j * dv), lanes)]
+                raw = self.pool[lane_of(base + wide(column + j * apart), lanes)]
                 v = bind(vmath.bf16_to_f32(raw, lanes) if self.pair == 2 else raw)
                 for r in range(rows):
                     at = T.int32(r * lanes)

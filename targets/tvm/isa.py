@@ -44,16 +44,16 @@ class CpuIsa:
         """LLVM IR that kernels using this ISA import."""
         return _PREFETCH + (_DPBF16 if self.bf16_dot else "")
 
-    def dot_pair(self, acc: Expr, x: Expr, w: Expr) -> Expr:
-        """acc + x0*w0 + x1*w1 for 16 lanes of bf16 pairs held in 32 bits."""
-        if self.bf16_dot:
+    def dot_pair(self, acc: Expr, x: Expr, w: Expr, lanes: int = LANES) -> Expr:
+        """acc + x0*w0 + x1*w1 for 16 lanes (or one) of bf16 pairs held in 32 bits."""
+        if self.bf16_dot and lanes == LANES:
             return T.call_pure_extern(f32(LANES), "inferloom_dpbf16", acc, x, w)
-        shift, mask = splat(T.int32(16), LANES), splat(T.int32(-65536), LANES)
+        shift, mask = splat(T.int32(16), lanes), splat(T.int32(-65536), lanes)
 
         def low(v: Expr) -> Expr:
-            return T.reinterpret(f32(LANES), T.shift_left(v, shift))
+            return T.reinterpret(f32(lanes), T.shift_left(v, shift))
 
         def high(v: Expr) -> Expr:
-            return T.reinterpret(f32(LANES), T.bitwise_and(v, mask))
+            return T.reinterpret(f32(lanes), T.bitwise_and(v, mask))
 
-        return fma(high(x), high(w), fma(low(x), low(w), acc, LANES), LANES)
+        return fma(high(x), high(w), fma(low(x), low(w), acc, lanes), lanes)

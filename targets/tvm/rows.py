@@ -369,15 +369,15 @@ class _Program:
 
     def _kv_write(self, node: Node, row: Expr) -> None:
         state, k, v, slots = node.operands
-        if state is None or not isinstance(state.type, StateType):
+        if state is None or k is None or not isinstance(state.type, StateType):
             raise TypeError(state)
         type, (pool, stride) = state.type, self.state[state]
         slot = bind(self._of(slots).load(row, [], 1))
         at = bind(slot % type.block_tokens)
-        tile = 16 * (type.k_dim + type.v_dim)
+        tile = 16 * type.per_token
         block = bind(wide(slot // type.block_tokens) * stride + wide(at // 16) * tile)
         pair = 2 if type.dtype is DType.BF16 else 1
-        keys, values = materialize(self._of(k), row), self._of(v)
+        keys = materialize(self._of(k), row)
 
         def narrow(x: Expr, lanes: int) -> Expr:
             return vmath.f32_to_bf16(x, lanes) if type.dtype is DType.BF16 else x
@@ -390,11 +390,17 @@ class _Program:
             store(pool, narrow(keys.load(row, [h, d], 1), 1),
                   head(h) + wide((d // pair * 16 + at % 16) * pair + d % pair), 1)
 
+        def put_row(source: RowValue, width: int, start: int) -> None:
+            lanes = source.max_lanes
+            loop((type.heads, width), lanes, lambda index: store(
+                pool, narrow(source.load(row, index, lanes), lanes), head(index[0]) + wide(start + at % 16 * width + index[1]),
+                lanes))
+
+        if type.latent:  # keys that are values too lie as values do
+            put_row(keys, type.k_dim, 0)
+            return
         loop((type.heads, type.k_dim), 1, put_key)
-        lanes = values.max_lanes
-        loop((type.heads, type.v_dim), lanes, lambda index: store(
-            pool, narrow(values.load(row, index, lanes), lanes),
-            head(index[0]) + wide(16 * type.k_dim + at % 16 * type.v_dim + index[1]), lanes))
+        put_row(self._of(v), type.v_dim, 16 * type.k_dim)
 
     # -- results
 

@@ -182,7 +182,7 @@ def test_what_is_later_work_is_named() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     options = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64}
-    with pytest.raises(UnsupportedError, match="RWKV"):
+    with pytest.raises(UnsupportedError, match="rwkv_linear_attention"):
         huggingface.trace_config(CONFIG_MAPPING["rwkv"](**options))
 
 

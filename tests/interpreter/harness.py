@@ -86,10 +86,13 @@ def unpack_state(pool: np.ndarray, type: StateType, offset: int, stride: int) ->
     """The GPU's block layout, K [heads, tokens, dim] and then V, as the arrays of the reference."""
     blocks, size, split = len(pool) // stride, type.bytes_per_block, type.heads * type.block_tokens * type.k_dim
     data = pool.reshape(blocks, stride)[:, offset:offset + size].copy().view(STORED[type.dtype])
-    parts = [data[:, :split].reshape(blocks, type.heads, type.block_tokens, type.k_dim),
-             data[:, split:].reshape(blocks, type.heads, type.block_tokens, type.v_dim)]
-    k, v = (p.transpose(0, 2, 1, 3).reshape(-1, type.heads, p.shape[3]).astype(np.float32) for p in parts)
-    return KVArrays(k, v, type)
+
+    def part(data: np.ndarray, dim: int) -> np.ndarray:
+        data = data.reshape(blocks, type.heads, type.block_tokens, dim).transpose(0, 2, 1, 3)
+        return data.reshape(-1, type.heads, dim).astype(np.float32)
+
+    k = part(data[:, :split], type.k_dim)
+    return KVArrays(k, k[..., :type.v_dim] if type.latent else part(data[:, split:], type.v_dim), type)
 
 
 def unpack_recurrent(pool: np.ndarray, type: RecurrentType, offset: int, stride: int) -> RecurrentArrays:

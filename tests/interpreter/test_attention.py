@@ -25,7 +25,8 @@ GPU_CASES = {**CASES, "f16": Case(dtype=DType.F16, k_dim=32, v_dim=32),
 def pack(held: KVArrays, stride: int) -> np.ndarray:
     """The pool's bytes for arrays of state: K [heads, tokens, dim] and then V of each block."""
     t = held.type
-    parts = [x.reshape(-1, t.block_tokens, t.heads, x.shape[-1]).transpose(0, 2, 1, 3) for x in (held.k, held.v)]
+    parts = [x.reshape(-1, t.block_tokens, t.heads, x.shape[-1]).transpose(0, 2, 1, 3)
+             for x in (held.k, held.v)[:1 if t.latent else 2]]
     data = np.concatenate([p.reshape(len(p), -1) for p in parts], -1)
     pool = aligned(len(data) * stride)
     pool.reshape(len(data), stride)[:, :t.bytes_per_block] = np.ascontiguousarray(data.astype(STORED[t.dtype])).view(np.uint8)

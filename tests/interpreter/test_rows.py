@@ -22,6 +22,8 @@ STATES = {
     "f32": StateType(DType.F32, 2, 16, 16, 32), "bf16": StateType(DType.BF16, 2, 16, 32, 32),
     "f16": StateType(DType.F16, 4, 64, 64, 16), "odd": StateType(DType.F32, 3, 5, 7, 32),
     "odd_bf16": StateType(DType.BF16, 1, 6, 9, 32),
+    "latent": StateType(DType.F32, 1, 40, 32, 32, latent=True),
+    "latent_bf16": StateType(DType.BF16, 1, 22, 6, 32, latent=True),
 }
 
 
@@ -65,7 +67,7 @@ def test_state_is_written_where_attention_reads_it(name: str, tmp_path: Path) ->
     def body(b: Builder) -> Sequence[Value]:
         state = b.input("state", type)
         k = b.input("k", tensor(TOKENS, type.heads, type.k_dim))
-        v = b.input("v", tensor(TOKENS, type.heads, type.v_dim))
+        v = None if type.latent else b.input("v", tensor(TOKENS, type.heads, type.v_dim))
         return [b.emit("kv_write", state, b.emit("mul", k, b.scalar(1.5)), v, b.input("slots", tensor(TOKENS, dtype=DType.I32)))]
 
     kernels = Kernels("row", {name: body}, tmp_path)

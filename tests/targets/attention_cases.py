@@ -32,6 +32,11 @@ class Case:
     visible: Expr = CAUSAL
     first: Expr = START
     sink: int = -1
+    latent: bool = False
+
+    @property
+    def state(self) -> StateType:
+        return StateType(self.dtype, self.kv_heads, self.k_dim, self.v_dim, BLOCK, self.latent)
 
 
 WINDOW = Case(visible=CAUSAL & (Q - K < 5), first=maximum(Q - 4, 0))
@@ -49,6 +54,8 @@ CASES = {
     "selected": Case(score=select(call("not", call("lt", HEAD, 2)), SCORE * 2, call("neg", call("exp", SCORE)))),
     "minus_infinity": Case(score=select(call("lt", K + 3, Q), float("-inf"), SCORE)),
     "select_mixed": Case(score=SCORE + select(call("lt", K, 4), 1, 0.25)),
+    "latent": Case(4, 1, 40, 32, latent=True), "latent_bf16": Case(12, 1, 96, 64, DType.BF16, latent=True),
+    "latent_odd": Case(3, 1, 22, 12, DType.BF16, latent=True), "latent_all": Case(2, 2, 32, 32, latent=True),
     "even_heads_see_all": Case(visible=CAUSAL & (call("eq", HEAD % 2, 0) | (Q - K < 3))),
 }
 
@@ -62,7 +69,7 @@ def body(case: Case, columns: int = COLUMNS) -> Callable[[Builder], Sequence[Val
         stored = case.dtype
         i32 = DType.I32
         q = b.input("q", tensor(TOKENS, case.heads, case.k_dim, dtype=stored))
-        state = b.input("state", StateType(case.dtype, case.kv_heads, case.k_dim, case.v_dim, BLOCK))
+        state = b.input("state", case.state)
         steps = (b.input("seq_starts", tensor(Affine(SEQS, 1, 1), dtype=i32)),
                  b.input("kv_lens", tensor(SEQS, dtype=i32)), b.input("block_tables", tensor(SEQS, columns, dtype=i32)))
         tables = (b.input("t0", tensor(case.heads)), b.input("t1", tensor(columns * BLOCK)))
@@ -80,12 +87,10 @@ class Batch:
     def __init__(self, case: Case, columns: int = COLUMNS, lens: Sequence[int] = (70, 53, 18),
                  counts: Sequence[int] = (1, 21, 18)) -> None:
         rng = np.random.default_rng(0)
-        type = StateType(case.dtype, case.kv_heads, case.k_dim, case.v_dim, BLOCK)
         blocks = len(lens) * columns + 1
-        self.state = KVArrays(
-            cast_array(rng.standard_normal((blocks * BLOCK, case.kv_heads, case.k_dim)).astype(np.float32), case.dtype),
-            cast_array(rng.standard_normal((blocks * BLOCK, case.kv_heads, case.v_dim)).astype(np.float32), case.dtype),
-            type)
+        k, v = (cast_array(rng.standard_normal((blocks * BLOCK, case.kv_heads, dim)).astype(np.float32), case.dtype)
+                for dim in (case.k_dim, case.v_dim))
+        self.state = KVArrays(k, k[..., :case.v_dim] if case.latent else v, case.state)
         self.starts = np.cumsum([0, *counts]).astype(np.int32)
         self.lens = np.array(lens, np.int32)
         self.tables = rng.permutation(blocks)[:len(lens) * columns].astype(np.int32).reshape(len(lens), columns)

@@ -50,7 +50,11 @@ def unpack_state(pool: np.ndarray, type: StateType, offset: int, stride: int) ->
     size = type.bytes_per_block
     data = pool.reshape(blocks, stride)[:, offset:offset + size].copy().view(kind)
     tiles = type.block_tokens // 16
-    data = data.reshape(blocks, type.heads, tiles, 16 * (type.k_dim + type.v_dim))
+    data = data.reshape(blocks, type.heads, tiles, 16 * type.per_token)
+    if type.latent:
+        k = to_float(data.reshape(blocks, type.heads, tiles, 16, type.k_dim).transpose(0, 2, 3, 1, 4), type.dtype)
+        k = k.reshape(-1, type.heads, type.k_dim)
+        return KVArrays(k, k[..., :type.v_dim], type)
     k = data[..., :16 * type.k_dim].reshape(blocks, type.heads, tiles, type.k_dim // pair, 16, pair)
     v = data[..., 16 * type.k_dim:].reshape(blocks, type.heads, tiles, 16, type.v_dim)
     k = k.transpose(0, 2, 4, 1, 3, 5).reshape(-1, type.heads, type.k_dim)

@@ -25,6 +25,8 @@ def pack(held: KVArrays, stride: int) -> np.ndarray:
     k = held.k.reshape(*tiles, t.k_dim // pair, pair).transpose(0, 3, 1, 4, 2, 5).reshape(tiles[0], t.heads, tiles[1], -1)
     v = held.v.reshape(*tiles, t.v_dim).transpose(0, 3, 1, 2, 4).reshape(tiles[0], t.heads, tiles[1], -1)
     data = np.concatenate([k, v], -1)
+    if t.latent:
+        data = held.k.reshape(*tiles, t.k_dim).transpose(0, 3, 1, 2, 4)
     stored = np.ascontiguousarray(data.astype(STORED[t.dtype]))
     pool = aligned(tiles[0] * stride)
     pool.reshape(tiles[0], stride)[:, :t.bytes_per_block] = stored.reshape(tiles[0], -1).view(np.uint8)

@@ -18,6 +18,8 @@ BLOCK, BLOCKS = 32, 5
 TYPES = {
     "f32": StateType(DType.F32, 2, 16, 16, BLOCK), "bf16": StateType(DType.BF16, 2, 16, 32, BLOCK),
     "odd": StateType(DType.F32, 3, 5, 7, BLOCK), "odd_bf16": StateType(DType.BF16, 1, 6, 9, BLOCK),
+    "latent": StateType(DType.F32, 1, 40, 32, BLOCK, latent=True),
+    "latent_bf16": StateType(DType.BF16, 1, 22, 6, BLOCK, latent=True),
 }
 
 
@@ -27,7 +29,7 @@ def body(type: StateType) -> Body:
     def emit(b: Builder) -> Sequence[Value]:
         state = b.input("state", type)
         k = b.input("k", tensor(TOKENS, type.heads, type.k_dim))
-        v = b.input("v", tensor(TOKENS, type.heads, type.v_dim))
+        v = None if type.latent else b.input("v", tensor(TOKENS, type.heads, type.v_dim))
         slots = b.input("slots", tensor(TOKENS, dtype=DType.I32))
         return [b.emit("kv_write", state, b.emit("mul", k, b.scalar(1.5)), v, slots)]
 
