@@ -266,7 +266,8 @@ class _Parser:
             self.expect(">")
             if len(sizes) != 4:
                 raise self.error(f"state is {word}<element type,heads,k_dim,v_dim,block_tokens>", start)
-            return StateType(dtype, *sizes, latent=word == "latent")
+            heads, k_dim, v_dim, block_tokens = sizes
+            return StateType(dtype, heads, k_dim, v_dim, block_tokens, latent=word == "latent")
         if word == "rec":
             self.expect("<")
             dtype, shape = self.dtype(self.need(_NAME, "an element type"), start), []

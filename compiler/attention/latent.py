@@ -48,13 +48,9 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
         latent, weight = linear.operands[:2]
         if latent is None or weight is None or not r.is_constant(weight) or tensor(latent).rank != 2:
             return None
-        tokens, heads, width = tensor(made.result).shape
-        rank, rope = tensor(latent).shape[1], tensor(shared).shape[2]
-        _, _, k_dim = tensor(k).shape
-        _, _, v_dim = tensor(v).shape
-        if any(not isinstance(d, int) for d in (heads, width, rank, rope, k_dim, v_dim)):
-            return None
-        if rank + rope >= heads * (k_dim + v_dim):  # type: ignore[operator]
+        tokens = tensor(q).shape[0]
+        (heads, width), (rank,), (_, rope), (_, k_dim), (_, v_dim) = (_sizes(x) for x in (made.result, latent, shared, k, v))
+        if rank + rope >= heads * (k_dim + v_dim):
             report.skipped("keys and values as they are", f"the latent of {rank} + {rope} is not smaller", node.loc)
             return None
         loc = node.loc
@@ -69,16 +65,22 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
         head = r.emit("add", r.emit("reshape", zero, shape=(tokens, 1), loc=loc), numbers, loc=loc)
         split = columns[2] - columns[1]
         # The query's columns are in the order of the key's.
-        at = (0, split) if own == 0 else (int(str(rope)), int(str(k_dim)))
-        q_own, q_shared = cut(q, *at), cut(q, *((split, int(str(k_dim))) if own == 0 else (0, int(str(rope)))))
+        ours, others = ((0, split), (split, k_dim)) if own == 0 else ((rope, k_dim), (0, rope))
+        q_own, q_shared = cut(q, *ours), cut(q, *others)
         q_latent = r.emit("expert_linear", q_own, to_key, head, transposed=True, loc=loc)
         query = r.emit("concat", q_latent, q_shared, axis=2, loc=loc)
         keys = r.emit("concat", r.emit("reshape", latent, shape=(tokens, 1, rank), loc=loc), shared, axis=2, loc=loc)
-        summed = r.emit("attention", query, keys, None, *extra, loc=loc, **{**node.attrs, "v_dim": rank})
+        attrs = dict(node.attrs) | {"v_dim": rank}
+        summed = r.builder.emit_node("attention", (query, keys, None, *extra), attrs, loc).result
         report.fused(f"attention slot {node.attrs['slot']}: the cache keeps latents of {rank} + {rope}", loc)
         return r.emit("expert_linear", summed, to_value, head, loc=loc)
 
     return apply_rules(graph, [absorb])
+
+
+def _sizes(value: Value) -> tuple[int, ...]:
+    """The shape after the token axis."""
+    return tuple(int(str(d)) for d in tensor(value).shape[1:])
 
 
 def _columns(r: Rewriter, value: Value | None) -> tuple[Node, int, int] | None:
