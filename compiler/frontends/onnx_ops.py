@@ -1,0 +1,479 @@
+"""ONNX operators that compute element by element, move data or reduce. One function an operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from inferloom.compiler.frontends.layout import Traced
+from inferloom.compiler.frontends.onnx_file import ELEMENTS, Op
+from inferloom.compiler.frontends.onnx_fold import axes_of, split_sizes
+from inferloom.compiler.frontends.onnx_import import (
+    KEYS,
+    PAST,
+    TOKENS,
+    Cache,
+    Importer,
+    NoNaN,
+    Scores,
+    broadcast,
+    lowers,
+    show,
+)
+from inferloom.compiler.frontends.onnx_masks import HIDDEN, MaskRef
+from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.types import DType, Shape
+
+
+def axis_of(axis: int, rank: int) -> int:
+    """An axis counted from the front."""
+    if not -rank <= axis < rank:
+        raise UnsupportedError(f"axis {axis} is outside of {rank} axes")
+    return axis % rank
+
+
+# Attention scores on their way from one MatMul to the other.
+
+
+def _scores(im: Importer, op: Op) -> tuple[Scores, int] | None:
+    """The operand that is scores, and its place."""
+    for place in range(len(op.inputs)):
+        found = im.raw(op, place) if im.given(op, place) else None
+        if isinstance(found, Scores):
+            return found, place
+    return None
+
+
+def _changed(s: Scores, **changes: Any) -> Scores:
+    if s.softmax:
+        raise UnsupportedError("changes attention probabilities; only their product with the values is supported")
+    return Scores(**{"q": s.q, "k": s.k, "shape": s.shape, "scale": s.scale, "cap": s.cap, "masks": s.masks,
+                     "softmax": s.softmax} | changes)
+
+
+def _score_times(s: Scores, factor: float) -> Scores:
+    if s.masks:
+        raise UnsupportedError("scales attention scores after a mask was added")
+    return _changed(s, cap=s.cap * factor) if s.cap else _changed(s, scale=s.scale * factor)
+
+
+def _score_mask(im: Importer, s: Scores, name: str, inverted: bool = False) -> Scores:
+    if name in im.structure.content:
+        raise UnsupportedError(f"the mask {name!r} depends on what the tokens are")
+    return _changed(s, masks=(*s.masks, MaskRef(name, inverted)))
+
+
+def _on_scores(im: Importer, op: Op, s: Scores, place: int) -> Scores:
+    """Arithmetic on scores: scaling, soft-capping, masking."""
+    number = im.number(op, 1 - place) if len(op.inputs) == 2 else None
+    if op.key == "Mul" and number is not None:
+        return _score_times(s, number)
+    if op.key == "Div" and number and place == 0:
+        return _score_times(s, 1 / number)
+    if op.key == "Tanh" and not s.masks and not s.cap:
+        return _changed(s, cap=1.0)
+    if op.key == "Max" and number is not None and number <= HIDDEN:
+        return s  # keeps masked scores finite
+    if op.key == "Add" and number == 0:
+        return s
+    if op.key == "Add":
+        return _score_mask(im, s, im.name(op, 1 - place))
+    if op.key == "Where" and place in (1, 2):
+        fill = im.number(op, 3 - place)
+        if fill is not None and fill <= HIDDEN:
+            return _score_mask(im, s, im.name(op, 0), inverted=place == 2)
+    raise UnsupportedError("attention scores may be scaled, soft-capped by tanh and masked, but not this")
+
+
+# Arithmetic.
+
+
+def _binary(name: str, ir: str, swap: bool = False) -> None:
+    @lowers(name)
+    def lower(im: Importer, op: Op) -> Any:
+        found = _scores(im, op)
+        if found is not None:
+            return _on_scores(im, op, *found)
+        parts = [im.operand(op, i) for i in range(len(op.inputs))]
+        if swap:
+            parts.reverse()
+        made = parts[0]
+        for part in parts[1:]:
+            made = _biased(im, made, part) if ir == "add" else None or im.elementwise(ir, made, part)
+        return made
+
+
+def _biased(im: Importer, x: Traced, y: Traced) -> Traced:
+    """`x + y`; a bias on a linear becomes its own."""
+    for a, b in ((x, y), (y, x)):
+        node = next((n for n in reversed(im.builder.nodes[-8:]) if a.value in n.results), None)
+        fits = b.token_axis is None and [d for d in b.shape if d != 1] == [a.shape[-1]] and b.shape[-1] == a.shape[-1]
+        if node is not None and node.op == "linear" and node.operands[2] is None and fits and len(b.shape) <= len(a.shape) \
+                and b.type.dtype is DType.F32:
+            bias = im.layouts.arrange(b, (len(b.shape) - 1,))
+            return Traced(im.emit("linear", *node.operands[:2], bias), a.shape, a.axes)
+    return im.elementwise("add", x, y)
+
+
+for _name, _ir in {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Max": "maximum", "Min": "minimum", "Sum": "add",
+                   "Less": "lt", "LessOrEqual": "le", "Equal": "eq"}.items():
+    _binary(_name, _ir)
+_binary("Greater", "lt", swap=True)
+_binary("GreaterOrEqual", "le", swap=True)
+
+
+def _unary(name: str, ir: str) -> None:
+    @lowers(name)
+    def lower(im: Importer, op: Op) -> Any:
+        found = _scores(im, op)
+        return _on_scores(im, op, *found) if found is not None else im.elementwise(ir, im.operand(op, 0))
+
+
+for _name, _ir in {"Neg": "neg", "Abs": "abs", "Exp": "exp", "Log": "log", "Sqrt": "sqrt", "Tanh": "tanh", "Sin": "sin",
+                   "Cos": "cos", "Erf": "erf", "Relu": "relu", "Sigmoid": "sigmoid"}.items():
+    _unary(_name, _ir)
+
+
+@lowers("Pow")
+def pow_(im: Importer, op: Op) -> Traced:
+    x, exponent = im.operand(op, 0), im.number(op, 1)
+    if exponent in (2, 3):
+        square = im.elementwise("mul", x, x)
+        return square if exponent == 2 else im.elementwise("mul", square, x)
+    return im.elementwise("sqrt", x) if exponent == 0.5 else im.elementwise("pow", x, im.operand(op, 1))
+
+
+@lowers("Reciprocal")
+def reciprocal(im: Importer, op: Op) -> Traced:
+    x = im.operand(op, 0)
+    node = next((n for n in reversed(im.builder.nodes[-4:]) if x.value in n.results), None)
+    if node is not None and node.op == "sqrt" and node.operands[0] is not None:
+        return Traced(im.emit("rsqrt", node.operands[0]), x.shape, x.axes)
+    return im.elementwise("div", im.constant_like(1.0), x)
+
+
+@lowers("Softplus")
+def softplus(im: Importer, op: Op) -> Traced:
+    """log(1 + exp(x)), written so that nothing overflows."""
+    x = im.operand(op, 0)
+    tail = im.elementwise("exp", im.elementwise("neg", im.elementwise("abs", x)))
+    tail = im.elementwise("log", im.elementwise("add", tail, im.constant_like(1.0)))
+    return im.elementwise("add", im.elementwise("relu", x), tail)
+
+
+@lowers("Clip")
+def clip(im: Importer, op: Op) -> Traced:
+    x = im.operand(op, 0)
+    x = im.elementwise("maximum", x, im.operand(op, 1)) if im.given(op, 1) else x
+    return im.elementwise("minimum", x, im.operand(op, 2)) if im.given(op, 2) else x
+
+
+@lowers("Gelu", "com.microsoft.Gelu", "com.microsoft.BiasGelu", "com.microsoft.FastGelu")
+def gelu(im: Importer, op: Op) -> Traced:
+    x = im.operand(op, 0)
+    x = _biased(im, x, im.operand(op, 1)) if im.given(op, 1) else x
+    kind = "tanh" if op.type == "FastGelu" else op.attrs.get("approximate", "none")
+    return im.elementwise("gelu", x, approximate=kind)
+
+
+@lowers("Swish", "com.microsoft.QuickGelu")
+def swish(im: Importer, op: Op) -> Traced:
+    """x * sigmoid(alpha * x)."""
+    x = im.operand(op, 0)
+    alpha = float(op.attrs.get("alpha", 1.0 if op.type == "Swish" else 1.702))
+    inner = x if alpha == 1 else im.elementwise("mul", x, im.constant_like(alpha))
+    return im.elementwise("mul", x, im.elementwise("sigmoid", inner))
+
+
+@lowers("Where")
+def where(im: Importer, op: Op) -> Any:
+    found = _scores(im, op)
+    if found is not None and isinstance(im.raw(op, 0), NoNaN) and found[1] == 2:
+        return found[0]  # Where(IsNaN(p), 0, p)
+    if found is not None:
+        return _on_scores(im, op, *found)
+    condition, x, y = (im.operand(op, i) for i in range(3))
+    shape = broadcast(condition.shape, x.shape, y.shape)
+    values, axes = im.layouts.broadcast([condition, *im.alike([x, y])], shape)
+    return Traced(im.emit("where", *values), shape, axes)
+
+
+@lowers("IsNaN")
+def is_nan(im: Importer, op: Op) -> Any:
+    found = im.raw(op, 0)
+    if isinstance(found, Scores) and found.softmax:
+        return NoNaN()
+    raise UnsupportedError("of other than attention probabilities")
+
+
+@lowers("Cast", "CastLike", "Identity", "Dropout")
+def cast(im: Importer, op: Op) -> Any:
+    """Casts; float types are all f32 here, since models are computed in float32 or as the artifact says."""
+    found = im.raw(op, 0)
+    if isinstance(found, (Scores, Cache)):
+        return found
+    x = im.operand(op, 0)
+    if op.type == "Cast":
+        if op.attrs["to"] not in ELEMENTS:
+            raise UnsupportedError(f"cast to element type {op.attrs['to']}")
+        kind = ELEMENTS[op.attrs["to"]].kind
+        return im.cast(x, {"f": DType.F32, "V": DType.F32, "b": DType.BOOL}.get(kind, DType.I32))
+    return im.cast(x, im.operand(op, 1).type.dtype) if op.type == "CastLike" else x
+
+
+# Moving data.
+
+
+@lowers("Transpose")
+def transpose(im: Importer, op: Op) -> Traced:
+    x = im.operand(op, 0)
+    rank = len(x.shape)
+    order = [axis_of(a, rank) for a in op.attrs.get("perm", range(rank - 1, -1, -1))]
+    return x.renumber(tuple(x.shape[a] for a in order), {old: new for new, old in enumerate(order)})
+
+
+def view(im: Importer, op: Op, shape: Shape) -> Any:
+    """The operand seen with another shape of as many elements."""
+    found = im.raw(op, 0)
+    if isinstance(found, Scores):
+        if [d for d in found.shape if d != 1] != [d for d in shape if d != 1] or shape[-2:] != found.shape[-2:]:
+            raise UnsupportedError(f"reshapes attention scores {show(found.shape)} to {show(shape)}")
+        return Scores(found.q, found.k, shape, found.scale, found.cap, found.masks, found.softmax)
+    return im.layouts.view(im.operand(op, 0), shape)
+
+
+def _shape_of(im: Importer, op: Op) -> Shape:
+    found = im.raw(op, 0)
+    return found.shape if isinstance(found, (Scores, Traced)) else im.operand(op, 0).shape
+
+
+@lowers("Reshape")
+def reshape(im: Importer, op: Op) -> Any:
+    old = _shape_of(im, op)
+    wanted: list[Any] = im.dims(op, 1)
+    if not op.attrs.get("allowzero", 0):
+        wanted = [old[i] if d == 0 else d for i, d in enumerate(wanted)]
+    if wanted.count(-1) > 1:
+        raise UnsupportedError(f"reshape to {show(wanted)}")
+    if -1 in wanted:
+        rest: list[Any] = [d for d in old if not isinstance(d, int)]
+        for d in wanted:
+            if not isinstance(d, int):
+                if d not in rest:
+                    raise UnsupportedError(f"reshape {show(old)} -> {show(wanted)} mixes the token axis with others")
+                rest.remove(d)
+        size = math.prod(d for d in old if isinstance(d, int))
+        size //= math.prod(d for d in wanted if isinstance(d, int) and d != -1) or 1
+        if rest and size != 1:
+            raise UnsupportedError(f"reshape {show(old)} -> {show(wanted)} mixes the token axis with others")
+        wanted[wanted.index(-1)] = rest[0] if rest else size
+    return view(im, op, tuple(wanted))
+
+
+@lowers("Flatten")
+def flatten(im: Importer, op: Op) -> Any:
+    old = _shape_of(im, op)
+    axis = op.attrs.get("axis", 1)
+    sides = []
+    for dims in (old[:axis], old[axis:]):
+        symbolic = [d for d in dims if not isinstance(d, int)]
+        size = math.prod(d for d in dims if isinstance(d, int))
+        if len(symbolic) > 1 or (symbolic and size != 1):
+            raise UnsupportedError(f"flatten of {show(old)} mixes the token axis with others")
+        sides.append(symbolic[0] if symbolic else size)
+    return view(im, op, tuple(sides))
+
+
+@lowers("Squeeze", "Unsqueeze")
+def squeeze(im: Importer, op: Op) -> Any:
+    old = _shape_of(im, op)
+    axes = axes_of(im.structure, op, [im.array(op, 1)] if im.given(op, 1) else [])
+    if op.type == "Squeeze":
+        gone = [i for i, d in enumerate(old) if d == 1] if axes is None else [axis_of(a, len(old)) for a in axes]
+        if any(old[a] != 1 for a in gone):
+            raise UnsupportedError(f"squeezes axes {gone} of {show(old)}")
+        return view(im, op, tuple(d for i, d in enumerate(old) if i not in gone))
+    made = [axis_of(a, len(old) + len(axes or ())) for a in axes or ()]
+    rest = iter(old)
+    return view(im, op, tuple(1 if i in made else next(rest) for i in range(len(old) + len(made))))
+
+
+@lowers("Expand", "Tile")
+def expand(im: Importer, op: Op) -> Any:
+    x = im.operand(op, 0)
+    wanted: Shape = tuple(im.dims(op, 1))
+    if op.type == "Tile":
+        if any(n != 1 and d != 1 for n, d in zip(wanted, x.shape)):
+            raise UnsupportedError(f"tiles {show(x.shape)} by {show(wanted)}; only axes of size one may be repeated")
+        wanted = tuple(d if n == 1 else n for n, d in zip(wanted, x.shape))
+    return expand_to(im, x, broadcast(x.shape, wanted))
+
+
+def expand_to(im: Importer, x: Traced, shape: Shape) -> Traced:
+    """`x` broadcast to a shape."""
+    shift = len(shape) - len(x.shape)
+    old = (1,) * shift + x.shape
+    x = Traced(x.value, old, tuple(a + shift for a in x.axes))
+    grown = [a for a in range(len(shape)) if old[a] != shape[a]]
+    if not grown:
+        return x
+    if any(not isinstance(shape[a], int) for a in grown):
+        raise UnsupportedError(f"expands {show(old)} over the tokens to {show(shape)}")
+    x = im.layouts.with_axes(x, grown)
+    axes = sorted(x.axes, key=lambda a: (isinstance(shape[a], int), x.axes.index(a)))
+    value = im.layouts.arrange(x, axes)
+    return Traced(im.emit("expand", value, shape=tuple(shape[a] for a in axes)), shape, tuple(axes))
+
+
+def cut(im: Importer, x: Traced, axis: int, start: int, stop: int, step: int = 1) -> Traced:
+    """`x[start:stop:step]` along one static axis."""
+    size = x.shape[axis]
+    if (start, stop, step) == (0, size, 1):
+        return x
+    x = im.layouts.with_axes(x, [axis])
+    made = im.emit("slice", x.value, axis=x.axes.index(axis), start=start, stop=stop, step=step)
+    shape = tuple(-(-(stop - start) // step) if i == axis else d for i, d in enumerate(x.shape))
+    return Traced(made, shape, x.axes)
+
+
+@lowers("Slice")
+def slice_(im: Importer, op: Op) -> Traced:
+    x = im.operand(op, 0)
+    starts = im.structure.everywhere(im.name(op, 1))
+    ends = im.structure.everywhere(im.name(op, 2))
+    axes = im.array(op, 3).tolist() if im.given(op, 3) else range(len(starts[0]))
+    steps = im.array(op, 4).tolist() if im.given(op, 4) else [1] * len(starts[0])
+    for i, (axis, step) in enumerate(zip(axes, steps)):
+        axis = axis_of(axis, len(x.shape))
+        size = x.shape[axis]
+        sizes = [im.structure.concrete((size,), at)[0] for at in im.structure.samples]
+        cuts = [slice(int(s[i]), int(e[i]), step).indices(n) for s, e, n in zip(starts, ends, sizes)]
+        if all(c == (0, n, 1) for c, n in zip(cuts, sizes)):
+            continue
+        if not isinstance(size, int):
+            raise UnsupportedError("picks some of the tokens; export logits of all of them")
+        if len(set(cuts)) == 1 and step > 0:
+            x = cut(im, x, axis, *cuts[0])
+        elif x.token_axis is None and axis == 0 and step == 1 and len(x.shape) == 2 and all(
+                (s[i], e[i]) == (at.past, at.keys) for s, e, at in zip(starts, ends, im.structure.samples)):
+            x = rows_of(im, x, Traced(im.positions, (TOKENS,), (0,)), im.name(op, 0))
+        else:
+            raise UnsupportedError(f"slices axis {axis} of {show(x.shape)} by bounds that depend on the number of tokens")
+    return x
+
+
+@lowers("Split")
+def split(im: Importer, op: Op) -> tuple[Traced, ...]:
+    x = im.operand(op, 0)
+    axis = axis_of(op.attrs.get("axis", 0), len(x.shape))
+    size = x.shape[axis]
+    if not isinstance(size, int):
+        raise UnsupportedError("splits the token axis")
+    made, start = [], 0
+    for part in split_sizes(op, size, im.array(op, 1) if im.given(op, 1) else None):
+        made.append(cut(im, x, axis, start, start + part))
+        start += part
+    return tuple(made)
+
+
+@lowers("Concat")
+def concat(im: Importer, op: Op) -> Any:
+    found = [im.raw(op, i) for i in range(len(op.inputs))]
+    if isinstance(found[0], Cache):
+        return _joined_cache(im, op)
+    parts = im.alike([im.operand(op, i) for i in range(len(op.inputs))])
+    axis = axis_of(op.attrs["axis"], len(parts[0].shape))
+    if any(not isinstance(p.shape[axis], int) for p in parts):
+        raise UnsupportedError("joins tokens")
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(int(str(p.shape[axis])) for p in parts)
+    shape = tuple(total if i == axis else d for i, d in enumerate(parts[0].shape))
+    present = {a for p in parts for a in p.axes if shape[a] != 1} | {axis}
+    base = im.layouts.with_axes(parts[0], sorted(present))
+    axes = [a for a in base.axes if a in present]
+    return Traced(im.emit("concat", *(im.layouts.arrange(p, axes) for p in parts), axis=axes.index(axis)), shape, tuple(axes))
+
+
+def _joined_cache(im: Importer, op: Op) -> Traced:
+    """`Concat(past, new)`: the new keys or values, which the paged state will hold with the past ones."""
+    cache = im.structure.shapes[im.name(op, 0)]
+    axis = axis_of(op.attrs["axis"], len(cache))
+    if len(op.inputs) != 2 or cache[axis] is not PAST:
+        raise UnsupportedError(f"joins the cache {op.inputs[0]!r} along axis {axis} of {show(cache)}")
+    return cached(im, im.operand(op, 1), axis)
+
+
+def cached(im: Importer, x: Traced, axis: int) -> Traced:
+    """New keys or values seen as all of their sequence."""
+    if x.shape[axis] is not TOKENS:
+        raise UnsupportedError(f"joins a cache with {show(x.shape)}")
+    return Traced(x.value, tuple(KEYS if i == axis else d for i, d in enumerate(x.shape)), x.axes)
+
+
+@lowers("Gather")
+def gather(im: Importer, op: Op) -> Traced:
+    """Rows of a table by tokens or positions, or some places along a static axis."""
+    table, name = im.operand(op, 0), im.name(op, 1)
+    axis = axis_of(op.attrs.get("axis", 0), len(table.shape))
+    if table.token_axis is None and axis == 0 and len(table.shape) == 2 and (
+            name in im.structure.content or im.need(name).token_axis is not None):
+        return rows_of(im, table, im.operand(op, 1), im.name(op, 0), name)
+    size = table.shape[axis]
+    if not isinstance(size, int):
+        raise UnsupportedError("picks some of the tokens; export logits of all of them")
+    array = im.array(op, 1)
+    places = [int(p) + (size if p < 0 else 0) for p in array.reshape(-1)]
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if array.ndim > 1 or step < 1 or places != list(range(places[0], places[-1] + 1, step)):
+        raise UnsupportedError(f"picks the places {places[:12]} of axis {axis}; only evenly spaced ones are supported")
+    made = cut(im, table, axis, places[0], places[-1] + 1, step)
+    if array.ndim:
+        return made
+    return im.layouts.view(made, tuple(d for i, d in enumerate(made.shape) if i != axis))
+
+
+def rows_of(im: Importer, table: Traced, index: Traced, table_name: str, index_name: str = "") -> Traced:
+    """`table[index]` for an index that is the tokens or positions; the table must be long enough for all of them."""
+    rows = int(str(table.shape[0]))
+    if index.value is im.builder.inputs[0]:
+        im.token_rows[table_name] = rows
+    else:
+        offset = 0
+        if index_name and index.value is not im.positions:
+            if index_name in im.structure.content:
+                raise UnsupportedError(f"picks rows of {table_name!r} by {index_name!r}, which is neither tokens nor positions")
+            offsets = {int(o) for a, s in zip(im.structure.everywhere(index_name), im.structure.samples)
+                       for o in np.unique(a.reshape(-1) - s.positions)}
+            if len(offsets) != 1 or min(offsets) < 0:
+                raise UnsupportedError(f"picks rows of {table_name!r} by {index_name!r}, which is not a position")
+            offset = offsets.pop()
+        im.position_rows[table_name] = min(rows - offset, im.position_rows.get(table_name, rows))
+    value = im.emit("embedding", index.value, im.layouts.arrange(table, (0, 1)))
+    return Traced(value, (*index.shape, table.shape[1]), (*index.axes, len(index.shape)))
+
+
+# Reductions.
+
+
+def _reduction(name: str, ir: str) -> None:
+    @lowers(name)
+    def lower(im: Importer, op: Op) -> Traced:
+        x = im.operand(op, 0)
+        axes = axes_of(im.structure, op, [im.array(op, 1)] if im.given(op, 1) else [])
+        gone = [axis_of(a, len(x.shape)) for a in (axes or ())]
+        if not gone or any(not isinstance(x.shape[a], int) for a in gone):
+            raise UnsupportedError("a reduction over the tokens")
+        x = im.layouts.with_axes(x, gone)
+        keep = bool(op.attrs.get("keepdims", 1))
+        value = im.emit(ir, x.value, axes=tuple(sorted(x.axes.index(a) for a in gone)), keepdims=keep)
+        if keep:
+            return Traced(value, tuple(1 if i in gone else d for i, d in enumerate(x.shape)), x.axes)
+        left = [a for a in range(len(x.shape)) if a not in gone]
+        return Traced(value, tuple(x.shape[a] for a in left), tuple(left.index(a) for a in x.axes if a not in gone))
+
+
+for _name, _ir in {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max"}.items():
+    _reduction(_name, _ir)
