@@ -6,13 +6,15 @@ The file is read with the `onnx` package; nothing of it is executed. docs/onnx.m
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inferloom.compiler.frontends.huggingface import TOKENIZER_FILES, TracedModel
+from inferloom.compiler.frontends.huggingface import TracedModel
 from inferloom.compiler.frontends.onnx_file import FLOATS, OnnxGraph, OnnxInput, read_graph
 from inferloom.compiler.frontends.onnx_fold import Roles, Structure
 from inferloom.compiler.frontends.onnx_import import KEYS, PAST, TOKENS, Imported, import_graph, samples
+from inferloom.compiler.frontends.paths import TOKENIZER_FILES, onnx_facts, onnx_file
 from inferloom.compiler.frontends.weights import ArraySource
 from inferloom.ir.errors import UnsupportedError
 
@@ -21,30 +23,15 @@ _INTEGERS = (6, 7)
 DEFAULT_LENGTH = 2048
 
 
-def model_file(path: Path) -> Path:
-    """The ONNX file that a path means: itself, or the `model.onnx` or only `*.onnx` of a folder."""
-    if path.is_file():
-        return path
-    found = sorted(path.glob("*.onnx"))
-    for name in ("model.onnx", "decoder_model_merged.onnx"):
-        if path / name in found:
-            return path / name
-    if len(found) != 1:
-        raise UnsupportedError(f"{path} holds {len(found)} ONNX files and none is called model.onnx: name one"
-                               + (f" ({', '.join(p.name for p in found[:5])})" if found else ""))
-    return found[0]
-
-
 def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
     """Import the ONNX file, or the folder of one, with the tokenizer and the configuration that lie beside it.
 
     Raises UnsupportedError for what cannot be compiled: unknown operators and inputs, masks that are not causal, damaged
     or missing tensors, a `max_model_len` past the tables of the model.
     """
-    file = model_file(Path(path))
-    folder = file.parent
-    graph = read_graph(file)
-    facts = read_facts(folder)
+    file = onnx_file(Path(path))
+    graph, beside = read_graph(file), onnx_facts(file)
+    facts = read_facts(beside)
     roles = find_roles(graph)
     wanted = max_model_len or facts["length"] or DEFAULT_LENGTH
     if max_model_len is not None and facts["length"] and not 1 <= max_model_len <= facts["length"]:
@@ -57,8 +44,8 @@ def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
             structure.shapes[given.name] = _token_shape(given)
     imported = import_graph(graph, structure, logits_of(graph, roles), facts["architecture"] or graph.name or "onnx", wanted)
     length = _length(imported, wanted, max_model_len)
-    name = folder.resolve().name if file.name == "model.onnx" else file.stem
-    files = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
+    name = file.resolve().parent.name if file.name == "model.onnx" else file.stem
+    files = {n: p for n, p in beside.items() if n in TOKENIZER_FILES}
     return TracedModel(imported.graph, ArraySource(imported.sources), name, facts["architecture"] or "onnx",
                        imported.vocab_size, length, facts["eos"], facts["bos"], files)
 
@@ -72,11 +59,10 @@ def _length(imported: Imported, wanted: int, asked: int | None) -> int:
     return most
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(files: Mapping[str, Path]) -> dict[str, Any]:
     """Architecture, length, end and begin tokens of config.json, generation_config.json and genai_config.json."""
-    config = _json(folder / "config.json")
-    genai = _json(folder / "genai_config.json").get("model", {})
-    generation = _json(folder / "generation_config.json")
+    config, genai, generation = (_json(files.get(n)) for n in ("config.json", "genai_config.json", "generation_config.json"))
+    genai = genai.get("model", {})
     sources = [s for s in (generation, genai, config) if isinstance(s, dict)]
 
     def first(*names: str) -> Any:
@@ -90,11 +76,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
         return {"length": int(length) if length else None, "eos": tuple(dict.fromkeys(int(e) for e in many)),
                 "bos": None if bos is None else int(bos), "architecture": str(names[0])}
     except (TypeError, ValueError, LookupError) as error:
-        raise UnsupportedError(f"the configuration files in {folder} are damaged: {error!r}") from None
+        raise UnsupportedError(f"{', '.join(map(str, files.values()))}: the configuration is damaged: {error!r}") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _json(path: Path | None) -> dict[str, Any]:
+    if path is None:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -138,8 +124,8 @@ def _cache_shape(given: OnnxInput) -> tuple[Any, ...]:
     """[1, heads, past, dim]; the dims that are not fixed are the batch and the number of past tokens."""
     open_ = [i for i, d in enumerate(given.shape) if d is None and i > 0]
     if len(open_) != 1:
-        raise UnsupportedError(f"input {given.name!r} of shape {list(given.shape)} is not a cache that grows: one axis beside the "
-                               "batch must be dynamic (static caches are not supported; export with a dynamic one)")
+        raise UnsupportedError(f"input {given.name!r} of shape {list(given.shape)} is not a cache that grows: one axis "
+                               "beside the batch must be dynamic (static caches are not supported; export with a dynamic one)")
     return tuple(1 if i == 0 else PAST if i in open_ else d for i, d in enumerate(given.shape))
 
 

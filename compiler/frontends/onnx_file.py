@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from inferloom.compiler.frontends.aten import location
+from inferloom.compiler.frontends.source import location
 from inferloom.ir.errors import UnsupportedError
 
 OLDEST = 11
@@ -70,6 +70,16 @@ class Tensor:
         if not wanted:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(path, np.uint8, "r", start, (wanted,)).view(self.dtype).reshape(self.shape)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The ONNX file and the files beside it that hold its tensors (which may be missing)."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise UnsupportedError(f"{path} is not an ONNX model: {error}") from None
+    names = {e.value: t.name for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    return [path, *(inside(path.parent, name, tensor) for name, tensor in sorted(names.items()))]
 
 
 def inside(folder: Path, name: str, tensor: str) -> Path:

@@ -188,7 +188,10 @@ class Importer:
             if sum(read) <= SMALL:
                 return self.lift(self.constant(name), name)
             return self._lower(name)
-        arrays = self.structure.everywhere(name)
+        try:
+            arrays = self.structure.everywhere(name)
+        except UnsupportedError:  # such as rows past the end of a table: its operators decide
+            return self._lower(name)
         if all(a.shape == arrays[0].shape and np.array_equal(a, arrays[0]) for a in arrays):
             return self.lift(arrays[0], name)
         shape = tuple(self.structure.dim([a.shape[i] for a in arrays]) for i in range(arrays[0].ndim)) \
@@ -268,7 +271,13 @@ class Importer:
                   sinks: Value | None = None) -> Value:
         """The op on q [tokens, H, dk], k [tokens, Hkv, dk], v [tokens, Hkv, dv]."""
         rule = self.rule(masks)
-        made = self.emit("attention", q, k, v, sinks, None, scale=scale, slot=self.slots, window=rule.window,
+        slopes: Value | None = None
+        if rule.slopes:
+            heads = q.type.shape[1]  # type: ignore[union-attr]
+            if len(rule.slopes) != heads:
+                raise UnsupportedError(f"a bias for {len(rule.slopes)} heads on attention with {heads}")
+            slopes = self.layouts.arrange(self.lift(np.asarray(rule.slopes, np.float32), "alibi"), (0,))
+        made = self.emit("attention", q, k, v, sinks, slopes, scale=scale, slot=self.slots, window=rule.window,
                          chunk=rule.chunk, softcap=softcap)
         self.slots += 1
         return made

@@ -79,10 +79,12 @@ def attend(im: Importer, q: Value, k: Value, v: Value, scale: float, masks: tupl
            sinks: Value | None = None) -> Value:
     """Attention over keys and values as they are stored: heads that were repeated for the queries are not."""
     (q, a), (k, b) = _unscaled(im, q), _unscaled(im, k)
-    heads, (k, v) = _type(q).shape[1], (_ungrouped(im, x) for x in (k, v))
-    shared = _type(k).shape[1], _type(v).shape[1]
-    if shared[0] != shared[1] or int(str(heads)) % int(str(shared[0])):
-        raise UnsupportedError(f"attention with {heads} query, {shared[0]} key and {shared[1]} value heads")
+    fewer = [_ungrouped(im, x) for x in (k, v)]
+    if _type(fewer[0]).shape[1] == _type(fewer[1]).shape[1]:
+        k, v = fewer
+    heads, k_heads, v_heads = (int(str(_type(x).shape[1])) for x in (q, k, v))
+    if k_heads != v_heads or heads % k_heads:
+        raise UnsupportedError(f"attention with {heads} query, {k_heads} key and {v_heads} value heads")
     return im.attention(q, k, v, scale * a * b, masks, softcap, sinks)
 
 
@@ -255,7 +257,8 @@ def _turn(im: Importer, x: Value, cos: Traced, sin: Traced, interleaved: bool) -
     return im.emit("rotary", x, *tables, interleaved=interleaved)
 
 
-def _tables(im: Importer, op: Op, places: tuple[int, int], positions: Traced, index_name: str, width: int) -> tuple[Traced, Traced]:
+def _tables(im: Importer, op: Op, places: tuple[int, int], positions: Traced, index_name: str,
+            width: int) -> tuple[Traced, Traced]:
     """Rows of the cos and sin caches [most, r/2] for positions, cut to `width` columns (0: all)."""
     made = []
     for place in places:

@@ -8,25 +8,26 @@ causal mask, a sliding window or chunks. Anything else is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from inferloom.compiler.frontends.onnx_fold import Sample, Structure
+from inferloom.compiler.frontends.onnx_fold import Sample, Structure, limit
 from inferloom.ir.errors import UnsupportedError
 
-#: An additive mask hides with this or less; exp of it is 0 in float32.
-HIDDEN = -1e4
+#: An additive mask hides with this or less; exp of it is 0 in float32. Beside a bias it must be lower.
+HIDDEN, HIDDEN_FROM_BIAS = -1e4, -1e9
 #: Longest sequence for which a whole mask is evaluated, in tokens.
 LONGEST = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class MaskRef:
-    """A mask of the graph: bool (True: visible), or additive (0: visible); `inverted` bool masks hide."""
+    """A mask of the graph: bool (True: visible), or additive, times `factor` (0: visible); `inverted` bool masks hide."""
 
     name: str
     inverted: bool = False
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +46,53 @@ Mask = MaskRef | Band
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Causal attention with a sliding `window` or within a `chunk` of positions (0: none)."""
+    """Causal attention with a sliding `window` or within a `chunk` of positions (0: none), and ALiBi `slopes` by head."""
 
     window: int = 0
     chunk: int = 0
+    slopes: tuple[float, ...] = ()
 
 
 def prove(structure: Structure, masks: tuple[Mask, ...], max_len: int) -> Rule:
     """The rule that all masks together follow; UnsupportedError when it is none of ours."""
     first: dict[int, int] = {}
+    slopes: np.ndarray | None = None
     for sample in _samples(structure, masks, max_len):
-        for query, start in zip(sample.positions.tolist(), _starts(structure, masks, sample)):
+        seen, bias = _evaluated(structure, masks, sample)
+        for query, start in zip(sample.positions.tolist(), _starts(masks, sample, seen)):
             if first.setdefault(query, start) != start:
                 raise UnsupportedError(f"{_named(masks)}: what the token at position {query} sees depends on how the "
                                        "sequence is cut into steps")
-    return fit(first, masks)
+        if bias is not None:
+            slopes = _slopes(masks, sample, seen, bias, slopes)
+    rule = fit(first, masks)
+    return rule if slopes is None or not slopes.any() else replace(rule, slopes=tuple(slopes.tolist()))
+
+
+def _slopes(masks: tuple[Mask, ...], sample: Sample, seen: np.ndarray, bias: np.ndarray, slopes: np.ndarray | None) -> np.ndarray:
+    """How much a bias f64 [heads, tokens, keys] grows from one visible key to the next, if always as much."""
+    if slopes is None:
+        last = np.flatnonzero(seen[-1])
+        slopes = (bias[:, -1, last[-1]] - bias[:, -1, last[0]]) / max(1, last[-1] - last[0])
+    if len(slopes) != len(bias):
+        raise UnsupportedError(f"{_named(masks)} has {len(bias)} heads here and {len(slopes)} there")
+    distance = np.arange(sample.keys)[None] - sample.positions[:, None]
+    own = np.take_along_axis(bias, np.broadcast_to(sample.positions[None, :, None], (*bias.shape[:2], 1)), 2)
+    for head, slope in enumerate(slopes):
+        error = np.abs(bias[head] - own[head] - slope * distance)[seen]
+        if error.max() > 1e-6 * (1 + np.abs(bias[head][seen]).max()):
+            raise UnsupportedError(f"{_named(masks)} adds a bias to scores that is not ALiBi's slope times the distance; no "
+                                   "other bias is supported")
+    return slopes
 
 
 def fit(first: dict[int, int], masks: tuple[Mask, ...] = ()) -> Rule:
     """The rule by which the token at a position sees all from `first[position]` to itself.
 
     >>> fit({0: 0, 1: 0, 2: 0, 3: 1, 4: 2, 9: 7})
-    Rule(window=3, chunk=0)
+    Rule(window=3, chunk=0, slopes=())
     >>> fit({0: 0, 1: 0, 2: 2, 3: 2, 4: 4})
-    Rule(window=0, chunk=2)
+    Rule(window=0, chunk=2, slopes=())
     """
     narrow = sorted(q for q, start in first.items() if start > 0)
     if not narrow:
@@ -112,12 +136,24 @@ def _numbers(structure: Structure, name: str) -> Iterable[int]:
             yield from (int(v) for v in values if v < 2**31 - 1)
 
 
-def _starts(structure: Structure, masks: tuple[Mask, ...], sample: Sample) -> list[int]:
+def _evaluated(structure: Structure, masks: tuple[Mask, ...], sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
+    """What all masks let through, bool [tokens, keys], and what they add, f64 [heads, tokens, keys]."""
+    seen = np.ones((sample.tokens, sample.keys), bool)
+    bias: np.ndarray | None = None
+    for mask in masks:
+        if isinstance(mask, Band):
+            seen &= _band(mask, sample)
+            continue
+        visible, added = _visible(structure, mask, sample)
+        seen &= visible
+        if added is not None:
+            bias = added if bias is None else bias + added
+    return seen, bias
+
+
+def _starts(masks: tuple[Mask, ...], sample: Sample, seen: np.ndarray) -> list[int]:
     """The first key that each query of a sample sees."""
     queries, keys = sample.positions[:, None], np.arange(sample.keys)[None]
-    seen = np.ones((sample.tokens, sample.keys), bool)
-    for mask in masks:
-        seen &= _band(mask, sample) if isinstance(mask, Band) else _visible(structure, mask, sample)
     starts = seen.argmax(1)
     wanted = (keys >= starts[:, None]) & (keys <= queries)
     if (seen != wanted).any():
@@ -134,23 +170,30 @@ def _band(mask: Band, sample: Sample) -> np.ndarray:
     return (distance >= 0) & ((distance < mask.window) if mask.window else True)
 
 
-def _visible(structure: Structure, mask: MaskRef, sample: Sample) -> np.ndarray:
-    """bool [tokens, keys], equal for all heads."""
+def _visible(structure: Structure, mask: MaskRef, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
+    """bool [tokens, keys], equal for all heads, and the bias f64 [heads, tokens, keys] if there is one."""
     array = structure.at(mask.name, sample, keep=False)
+    if mask.factor != 1:
+        array = array * array.dtype.type(mask.factor)
+    array = array.reshape((1,) * (2 - array.ndim) + array.shape)
+    array = array.reshape(-1, *array.shape[-2:])
+    full = (sample.tokens, sample.keys)
+    if array.shape[1] not in (1, full[0]) or array.shape[2] not in (1, full[1]):
+        raise UnsupportedError(f"mask {mask.name!r} is {list(array.shape[1:])} where there are {full[0]} queries and {full[1]} "
+                               "keys; if it comes from a table, give --max-model-len as long as that")
+    bias = None
     if array.dtype != np.bool_:
         hidden = array <= HIDDEN
         if not (hidden | (array == 0)).all():
-            odd = array[~(hidden | (array == 0))].flat[0]
-            raise UnsupportedError(f"mask {mask.name!r} adds {odd} to scores; only masks of 0 and {HIDDEN:g} or less are "
-                                   "supported (a bias on scores is not)")
+            limit((len(array), *full))
+            hidden = array <= HIDDEN_FROM_BIAS
+            bias = np.broadcast_to(np.where(hidden, 0, array).astype(np.float64), (len(array), *full))
         array = ~hidden
     if mask.inverted:
         array = ~array
-    array = array.reshape((1,) * (2 - array.ndim) + array.shape)
-    heads = array.reshape(-1, *array.shape[-2:])
-    if (heads != heads[:1]).any():
+    if (array != array[:1]).any():
         raise UnsupportedError(f"mask {mask.name!r} differs between heads")
-    return np.asarray(np.broadcast_to(heads[0], (sample.tokens, sample.keys)))
+    return np.broadcast_to(array[0], full), bias
 
 
 def _named(masks: tuple[Mask, ...]) -> str:

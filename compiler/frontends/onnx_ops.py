@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,14 @@ def _scores(im: Importer, op: Op) -> tuple[Scores, int] | None:
 def _changed(s: Scores, **changes: Any) -> Scores:
     if s.softmax:
         raise UnsupportedError("changes attention probabilities; only their product with the values is supported")
-    return Scores(**{"q": s.q, "k": s.k, "shape": s.shape, "scale": s.scale, "cap": s.cap, "masks": s.masks,
-                     "softmax": s.softmax} | changes)
+    return replace(s, **changes)
 
 
 def _score_times(s: Scores, factor: float) -> Scores:
-    if s.masks:
-        raise UnsupportedError("scales attention scores after a mask was added")
-    return _changed(s, cap=s.cap * factor) if s.cap else _changed(s, scale=s.scale * factor)
+    if s.masks and (s.cap or factor <= 0):
+        raise UnsupportedError("scales attention scores after a soft-cap and a mask, or by a number that is not positive")
+    masks = tuple(replace(m, factor=m.factor * factor) if isinstance(m, MaskRef) else m for m in s.masks)
+    return _changed(s, cap=s.cap * factor) if s.cap else _changed(s, scale=s.scale * factor, masks=masks)
 
 
 def _score_mask(im: Importer, s: Scores, name: str, inverted: bool = False) -> Scores:
@@ -240,7 +241,7 @@ def view(im: Importer, op: Op, shape: Shape) -> Any:
     if isinstance(found, Scores):
         if [d for d in found.shape if d != 1] != [d for d in shape if d != 1] or shape[-2:] != found.shape[-2:]:
             raise UnsupportedError(f"reshapes attention scores {show(found.shape)} to {show(shape)}")
-        return Scores(found.q, found.k, shape, found.scale, found.cap, found.masks, found.softmax)
+        return replace(found, shape=shape)
     return im.layouts.view(im.operand(op, 0), shape)
 
 
@@ -421,18 +422,49 @@ def gather(im: Importer, op: Op) -> Traced:
     if table.token_axis is None and axis == 0 and len(table.shape) == 2 and (
             name in im.structure.content or im.need(name).token_axis is not None):
         return rows_of(im, table, im.operand(op, 1), im.name(op, 0), name)
-    size = table.shape[axis]
+    return pick(im, table, axis, im.array(op, 1))
+
+
+@lowers("GatherND")
+def gather_nd(im: Importer, op: Op) -> Traced:
+    table, name = im.operand(op, 0), im.name(op, 1)
+    if op.attrs.get("batch_dims", 0):
+        raise UnsupportedError("with batch_dims")
+    if table.token_axis is None and len(table.shape) == 2 and name in im.structure.dynamic:
+        index = im.operand(op, 1)
+        if index.shape[-1] == 1:
+            return rows_of(im, table, im.layouts.view(index, index.shape[:-1]), op.inputs[0], name)
+    places = im.array(op, 1)
+    if places.shape[-1:] != (1,):
+        raise UnsupportedError("places along several axes at once")
+    return pick(im, im.operand(op, 0), 0, places[..., 0])
+
+
+@lowers("GatherElements")
+def gather_elements(im: Importer, op: Op) -> Traced:
+    """Rows of a known table [1, n, width] where the places [1, tokens, width] repeat each position."""
+    table, axis = im.operand(op, 0), op.attrs.get("axis", 0)
+    arrays = im.structure.everywhere(im.name(op, 1))
+    width = table.shape[-1]
+    if table.token_axis is not None or len(table.shape) != 3 or table.shape[0] != 1 or axis != 1 or any(
+            not np.array_equal(a, np.broadcast_to(s.positions[None, :, None], (1, s.tokens, width)))
+            for a, s in zip(arrays, im.structure.samples)):
+        raise UnsupportedError("other than of one row of a table for each position")
+    rows = im.layouts.view(table, table.shape[1:])
+    return rows_of(im, rows, Traced(im.positions, (1, TOKENS), (1,)), op.inputs[0])
+
+
+def pick(im: Importer, x: Traced, axis: int, array: np.ndarray) -> Traced:
+    """Known places along a static axis, evenly spaced; without axes of its own, `array` removes the axis."""
+    size = x.shape[axis]
     if not isinstance(size, int):
         raise UnsupportedError("picks some of the tokens; export logits of all of them")
-    array = im.array(op, 1)
     places = [int(p) + (size if p < 0 else 0) for p in array.reshape(-1)]
     step = places[1] - places[0] if len(places) > 1 else 1
     if array.ndim > 1 or step < 1 or places != list(range(places[0], places[-1] + 1, step)):
         raise UnsupportedError(f"picks the places {places[:12]} of axis {axis}; only evenly spaced ones are supported")
-    made = cut(im, table, axis, places[0], places[-1] + 1, step)
-    if array.ndim:
-        return made
-    return im.layouts.view(made, tuple(d for i, d in enumerate(made.shape) if i != axis))
+    made = cut(im, x, axis, places[0], places[-1] + 1, step)
+    return made if array.ndim else im.layouts.view(made, tuple(d for i, d in enumerate(made.shape) if i != axis))
 
 
 def rows_of(im: Importer, table: Traced, index: Traced, table_name: str, index_name: str = "") -> Traced:
