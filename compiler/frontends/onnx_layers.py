@@ -35,7 +35,10 @@ def matmul(im: Importer, op: Op) -> Any:
     probabilities = im.raw(op, 0)
     if isinstance(probabilities, Scores):
         return _weighted(im, probabilities, im.operand(op, 1))
-    x, y = im.operand(op, 0), im.operand(op, 1)
+    x, tied = im.operand(op, 0), _tied(im, op.inputs[1])
+    if tied:
+        return linear(im, x, im.need(tied).value)
+    y = im.operand(op, 1)
     rank = len(y.shape)
     if y.token_axis is None and rank >= 2 and all(d == 1 for d in y.shape[:-2]) and x.token_axis != len(x.shape) - 1:
         return linear(im, x, im.layouts.arrange(y, (rank - 1, rank - 2)))
@@ -46,6 +49,19 @@ def matmul(im: Importer, op: Op) -> Any:
             rank - 1: rank - 2, rank - 2: rank - 1})
         return Scores(x, k, (*x.shape[:-1], y.shape[-1]))
     raise UnsupportedError(f"a product of {show(x.shape)} and {show(y.shape)} that is neither with a weight nor attention")
+
+
+def _tied(im: Importer, name: str) -> str:
+    """The embedding table whose transpose a weight is, as exporters write tied weights; "" if it is none."""
+    weight = im.graph.tensors.get(name)
+    for table in im.token_rows if weight is not None and len(weight.shape) == 2 else ():
+        stored = im.graph.tensors.get(table)
+        if stored is None or weight is None or stored.shape != weight.shape[::-1] or stored.dtype != weight.dtype:
+            continue
+        a, b, step = stored.read(), weight.read(), 4096
+        if all(np.array_equal(a[i:i + step], b[:, i:i + step].T) for i in range(0, len(a), step)):
+            return table
+    return ""
 
 
 @lowers("Softmax")
@@ -402,3 +418,21 @@ def _lengths(im: Importer, op: Op) -> None:
         if any(a.size != 1 or a.item() != s.keys - less for a, s in zip(arrays, im.structure.samples)):
             raise UnsupportedError(f"{what} ({op.inputs[place]!r}) is not the number of tokens so far"
                                    + (" less one" if less else ""))
+
+
+@lowers("com.microsoft.MultiHeadAttention")
+def multi_head_attention(im: Importer, op: Op) -> tuple[Any, ...]:
+    """Attention of onnxruntime with as many key as query heads; causal by `unidirectional` or by a mask that is added."""
+    odd = [what for place, what in ((3, "bias"), (4, "key_padding_mask"), (8, "past_sequence_length"), (9, "cache_indirection"))
+           if im.given(op, place)]
+    if odd or not (im.given(op, 1) and im.given(op, 2)):
+        raise UnsupportedError(f"with {', '.join(odd) or 'packed query, key and value'}")
+    heads = int(op.attrs["num_heads"])
+    q, k, v = (_split_heads(im, im.operand(op, i), heads) for i in range(3))
+    past = _past(im, op, (6, 7))
+    masks: tuple[Mask, ...] = _mask(im, op, 5)
+    if op.attrs.get("unidirectional", 0):
+        masks += (Band(0, past),)
+    scale = float(op.attrs.get("scale") or 1 / math.sqrt(int(str(q.shape[3]))))
+    made = _merge_heads(im, attend(im, *(_heads(im, x) for x in (q, k, v)), scale=scale, masks=masks))
+    return (made, cached(im, k, 2), cached(im, v, 2)) if past else (made, k, v)
