@@ -184,8 +184,9 @@ class Importer:
         if tensor is not None:
             return self._param(tensor) if tensor.is_float and tensor.size > 1 else self.lift(tensor.read(), name)
         if name not in self.structure.dynamic:
-            read = [self.graph.tensors[n].size for n in self.structure.ancestors(name) if n in self.graph.tensors]
-            if sum(read) <= SMALL:
+            read = [self.graph.tensors[n] for n in self.structure.ancestors(name) if n in self.graph.tensors]
+            transposed = self.structure.producers[name].key == "Transpose"  # a tied weight stays one parameter
+            if sum(t.size for t in read) <= SMALL and not transposed:
                 return self.lift(self.constant(name), name)
             return self._lower(name)
         try:
