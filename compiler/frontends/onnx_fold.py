@@ -165,6 +165,8 @@ class Structure:
             try:
                 with np.errstate(all="ignore"):
                     made = FOLDS[op.key](self, op, *arrays)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{op}: {error}") from None
             except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
                 raise UnsupportedError(f"{op} cannot be evaluated: {error}") from error
         if not isinstance(made, (tuple, list)):

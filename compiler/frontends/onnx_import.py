@@ -351,6 +351,9 @@ def import_graph(graph: OnnxGraph, structure: Structure, output: str, name: str,
     im.env |= {cache: Cache(cache) for cache in structure.roles.caches}
     problems: dict[str, None] = {}
     for op in live_ops(graph, output):
+        if any(hasattr(a, "node") for a in op.attrs.values()):
+            raise UnsupportedError(f"{op} has branches or loops, which are not supported; export the decoder without them (of a "
+                                   "merged decoder, take the one with past_key_values)")
         if op.key in ("Shape", "Size") or not structure.content.intersection(op.inputs):
             continue
         if any(im.env.get(i) is POISON for i in op.inputs):
