@@ -110,9 +110,9 @@ def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
     """The model at a path, by the front end that reads it."""
     if not is_onnx(Path(path)):
         return huggingface.load(path, max_model_len)
-    from inferloom.compiler.frontends import onnx  # its package is an extra of its own
+    from inferloom.compiler.frontends.onnx import loader  # the onnx package is an extra of its own
 
-    return onnx.load(path, max_model_len)
+    return loader.load(path, max_model_len)
 
 
 def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say: Progress) -> Compiled:

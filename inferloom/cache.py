@@ -156,7 +156,7 @@ def _inputs(checkpoint: Path) -> list[Path]:
     """The files that compiling may read."""
     if not _is_onnx(checkpoint):
         return [p for p in sorted(checkpoint.iterdir()) if p.is_file() and p.suffix not in _SKIPPED]
-    from inferloom.compiler.frontends.onnx_file import files_of
+    from inferloom.compiler.frontends.onnx.file import files_of
     from inferloom.compiler.frontends.paths import onnx_facts, onnx_file
 
     file = onnx_file(checkpoint)

@@ -16,7 +16,7 @@ from torch.export import Dim
 from transformers import DynamicCache
 
 import inferloom
-from inferloom.compiler.frontends import onnx as front_end
+from inferloom.compiler.frontends.onnx import loader as front_end
 from inferloom.ir.errors import UnsupportedError
 from inferloom.runtime.llm import LLM
 from inferloom.runtime.params import SamplingParams

@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from inferloom.compiler.frontends import onnx as front_end
-from inferloom.compiler.frontends.onnx_file import files_of, read_graph
+from inferloom.compiler.frontends.onnx import loader as front_end
+from inferloom.compiler.frontends.onnx.file import files_of, read_graph
 from inferloom.compiler.frontends.paths import is_onnx
 from inferloom.ir.errors import UnsupportedError
 from tests.frontends.onnx_graphs import VOCAB, Net, genai, onnxruntime_logits, run
@@ -168,7 +168,8 @@ CASES: dict[Callable[[Net], None], str] = {
     _float_ids: "has no input `input_ids`", _fixed_length: "a fixed length of 128; export with a dynamic number of tokens",
     _batch_of_four: "with a batch of any size or of one", _shapes_differ: r"MatMul \(node 'node_logits'\)",
     _unknown_operator: r"Conv \(node 'node_logits'\): unknown operator", _last_token_only: "export logits of all of them",
-    _small_table: "has 100 rows, fewer than the 131 logits", _control_flow: r"If \(the node that makes 'either_4'\) has branches or loops",
+    _small_table: "has 100 rows, fewer than the 131 logits",
+    _control_flow: r"If \(the node that makes 'either_4'\) has branches or loops",
     _huge_range: r"Range .*: an array of shape \[1152921504606846976\] would have to be evaluated"}
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from inferloom.compiler.frontends import onnx as front_end
-from inferloom.compiler.frontends.onnx_masks import Rule, fit
+from inferloom.compiler.frontends.onnx import loader as front_end
+from inferloom.compiler.frontends.onnx.masks import Rule, fit
 from inferloom.ir.errors import UnsupportedError
 from tests.frontends.onnx_graphs import HEADS, VOCAB, WIDTH, Net, onnxruntime_logits, run
 

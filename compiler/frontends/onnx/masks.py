@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from inferloom.compiler.frontends.onnx_fold import Sample, Structure, limit
+from inferloom.compiler.frontends.onnx.fold import limit
+from inferloom.compiler.frontends.onnx.structure import Sample, Structure
 from inferloom.ir.errors import UnsupportedError
 
 #: An additive mask hides with this or less; exp of it is 0 in float32. Beside a bias it must be lower.

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from inferloom.compiler.frontends.huggingface import TracedModel
-from inferloom.compiler.frontends.onnx_file import FLOATS, OnnxGraph, OnnxInput, read_graph
-from inferloom.compiler.frontends.onnx_fold import Roles, Structure
-from inferloom.compiler.frontends.onnx_import import KEYS, PAST, TOKENS, Imported, import_graph, samples
+from inferloom.compiler.frontends.onnx.file import FLOATS, OnnxGraph, OnnxInput, read_graph
+from inferloom.compiler.frontends.onnx.importer import KEYS, PAST, TOKENS
+from inferloom.compiler.frontends.onnx.program import Imported, import_graph, samples
+from inferloom.compiler.frontends.onnx.structure import Roles, Structure
 from inferloom.compiler.frontends.paths import TOKENIZER_FILES, onnx_facts, onnx_file
 from inferloom.compiler.frontends.weights import ArraySource
 from inferloom.ir.errors import UnsupportedError

@@ -21,7 +21,6 @@ from inferloom.compiler.frontends.source import location
 from inferloom.ir.errors import UnsupportedError
 
 OLDEST = 11
-MICROSOFT = "com.microsoft"
 #: ONNX element types (TensorProto.DataType) that tensors may have.
 ELEMENTS: dict[int, np.dtype] = {
     1: np.dtype("<f4"), 2: np.dtype("u1"), 3: np.dtype("i1"), 5: np.dtype("<i2"), 6: np.dtype("<i4"), 7: np.dtype("<i8"),
@@ -194,7 +193,7 @@ def _constant(op: Op, folder: Path) -> Tensor:
     """The tensor of a `Constant` node."""
     name = op.outputs[0]
     for key, value in op.attrs.items():
-        if key == "value" and isinstance(value, onnx.TensorProto):
+        if key == "value" and isinstance(value, onnx.TensorProto) and value.data_location != onnx.TensorProto.EXTERNAL:
             return _tensor(name, value, folder)
         if key in ("value_float", "value_floats", "value_int", "value_ints"):
             dtype = np.float32 if "float" in key else np.int64
