@@ -26,6 +26,8 @@ ELEMENTS: dict[int, np.dtype] = {
     1: np.dtype("<f4"), 2: np.dtype("u1"), 3: np.dtype("i1"), 5: np.dtype("<i2"), 6: np.dtype("<i4"), 7: np.dtype("<i8"),
     9: np.dtype("bool"), 10: np.dtype("<f2"), 11: np.dtype("<f8"), 12: np.dtype("<u4"), 13: np.dtype("<u8"),
     16: np.dtype(ml_dtypes.bfloat16)}
+#: What operators with wrong operands or attributes make the code raise that reads them.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 FLOATS = frozenset({1, 10, 11, 16})
 
 

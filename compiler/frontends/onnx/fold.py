@@ -67,8 +67,9 @@ def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 _KEEP: dict[str, Fold] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _divide, "Pow": np.power, "Max": np.maximum, "Min": np.minimum, "Neg": np.negative,
-    "Abs": np.abs, "Sqrt": np.sqrt, "Exp": np.exp, "Log": np.log, "Sin": np.sin, "Cos": np.cos, "Tanh": np.tanh,
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _divide, "Pow": np.power, "Max": np.maximum,
+    "Min": np.minimum, "Neg": np.negative, "Abs": np.abs,
+    "Sqrt": np.sqrt, "Exp": np.exp, "Log": np.log, "Sin": np.sin, "Cos": np.cos, "Tanh": np.tanh,
     "Floor": np.floor, "Ceil": np.ceil, "Round": np.rint, "Sign": np.sign, "Reciprocal": np.reciprocal, "Not": np.logical_not,
     "BitwiseAnd": np.bitwise_and, "BitwiseOr": np.bitwise_or, "BitwiseNot": np.bitwise_not, "Sum": np.add}
 _BOOLEAN: dict[str, Fold] = {

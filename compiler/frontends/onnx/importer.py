@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from inferloom.compiler.frontends.layout import Layouts, Traced, natural_axes
-from inferloom.compiler.frontends.onnx.file import OnnxGraph, Op, Tensor
+from inferloom.compiler.frontends.onnx.file import MALFORMED, OnnxGraph, Op, Tensor
 from inferloom.compiler.frontends.onnx.masks import Mask, Rule, prove
 from inferloom.compiler.frontends.onnx.structure import Structure
 from inferloom.ir.errors import UnsupportedError
@@ -270,6 +270,8 @@ class Importer:
     def attention(self, q: Value, k: Value, v: Value, scale: float, masks: tuple[Mask, ...], softcap: float = 0.0,
                   sinks: Value | None = None) -> Value:
         """The op on q [tokens, H, dk], k [tokens, Hkv, dk], v [tokens, Hkv, dv]."""
+        if not (softcap >= 0 and np.isfinite([softcap, scale]).all()):
+            raise UnsupportedError(f"attention with softcap={softcap}, scale={scale}")
         rule = self.rule(masks)
         slopes: Value | None = None
         if rule.slopes:
@@ -289,7 +291,7 @@ class Importer:
         outer, self.layouts.loc = self.layouts.loc, op.loc
         try:
             made = LOWERINGS[op.key](self, op)
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise UnsupportedError(f"{op} is malformed: {error!r}") from error
         finally:
             self.layouts.loc = outer

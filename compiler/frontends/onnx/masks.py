@@ -133,7 +133,7 @@ def _numbers(structure: Structure, name: str) -> Iterable[int]:
         if tensor.size > 64:
             yield from (d + extra for d in tensor.shape for extra in (0, 1))
         elif tensor.size:
-            values = np.abs(np.asarray(tensor.read(), np.float64)).reshape(-1)
+            values = np.abs(np.nan_to_num(tensor.read().astype(np.float64), nan=0.0)).reshape(-1)
             yield from (int(v) for v in values if v < 2**31 - 1)
 
 

@@ -44,7 +44,7 @@ def matmul_nbits(im: Importer, op: Op) -> Traced:
         raise UnsupportedError("whose weights are not stored tensors")
     if packed.dtype != np.uint8 or packed.size * (8 // bits) != n * k or scales.size != n * k // block:
         raise UnsupportedError(f"whose weights {list(packed.shape)} and scales {list(scales.shape)} are not those of [{n}, {k}]")
-    source = f"{packed.name}:{n}x{k}"
+    source = ":".join(t.name for t in (packed, scales, zeros) if t is not None) + f":{bits}"
     if source not in im.sources:
         im.sources[source] = lambda: dequantised(n, k, bits, block, packed, scales, zeros)
         im.env[f"\0{source}"] = Traced(im.builder.param(source, TensorType(DType.F32, (n, k))), (n, k), (0, 1))
@@ -104,6 +104,9 @@ def group_query_attention(im: Importer, op: Op) -> tuple[Any, ...]:
     """Causal attention of onnxruntime with a cache, and optionally rotary embeddings; packed or separate q, k, v."""
     refuse(op, smooth_softmax=0, qk_output=0, kv_cache_bit_width=0, k_quant_type="NONE", v_quant_type="NONE")
     heads, shared = int(op.attrs["num_heads"]), int(op.attrs["kv_num_heads"])
+    window = int(op.attrs.get("local_window_size", -1))
+    if op.attrs.get("do_rotary", 0) not in (0, 1) or not (window == -1 or 0 < window < 2**31):
+        raise UnsupportedError(f"with do_rotary={op.attrs.get('do_rotary', 0)}, local_window_size={window}")
     if any(im.given(op, place) for place in range(12, len(op.inputs))) or (len(op.outputs) > 3 and op.outputs[3]):
         raise UnsupportedError("with quantised caches or an output of scores")
     past_operands(im, op, (3, 4))
@@ -122,7 +125,6 @@ def group_query_attention(im: Importer, op: Op) -> tuple[Any, ...]:
         positions = im.operand(op, 9) if im.given(op, 9) else Traced(im.positions, (1, TOKENS), (1,))
         cos, sin = tables(im, op, (7, 8), positions, op.inputs[9] if im.given(op, 9) else "", 0)
         q, k = (rotate(im, x, cos, sin, op, bool(op.attrs.get("rotary_interleaved", 0))) for x in (q, k))
-    window = int(op.attrs.get("local_window_size", -1))
     masks: tuple[Mask, ...] = (*mask_operand(im, op, 10), Band(max(window, 0)))
     sinks = im.optional(op, 11)
     scale = float(op.attrs.get("scale") or 1 / math.sqrt(int(str(q.shape[3]))))

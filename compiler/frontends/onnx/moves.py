@@ -103,8 +103,12 @@ def squeeze(im: Importer, op: Op) -> Any:
             raise UnsupportedError(f"squeezes axes {gone} of {show(old)}")
         return view(im, op, tuple(d for i, d in enumerate(old) if i not in gone))
     made = [axis_of(a, len(old) + len(axes or ())) for a in axes or ()]
-    rest = iter(old)
-    return view(im, op, tuple(1 if i in made else next(rest) for i in range(len(old) + len(made))))
+    shape = list(old)
+    for axis in sorted(set(made)):
+        shape.insert(axis, 1)
+    if len(set(made)) != len(made):
+        raise UnsupportedError(f"adds the axes {made} to {show(old)}")
+    return view(im, op, tuple(shape))
 
 
 @lowers("Expand", "Tile")

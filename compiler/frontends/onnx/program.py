@@ -62,7 +62,10 @@ def import_graph(graph: OnnxGraph, structure: Structure, output: str, name: str,
         listed = list(problems)
         more = f"\n  ... and {len(listed) - 20} more" if len(listed) > 20 else ""
         raise UnsupportedError(f"{name} cannot be imported (docs/onnx.md says what can):\n  " + "\n  ".join(listed[:20]) + more)
-    return _finish(im, output)
+    try:
+        return _finish(im, output)
+    except VerifyError as error:
+        raise UnsupportedError(f"{name}: {error}") from None
 
 
 def _finish(im: Importer, output: str) -> Imported:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from inferloom.compiler.frontends.onnx.file import ELEMENTS, OnnxGraph, OnnxInput, Op
+from inferloom.compiler.frontends.onnx.file import ELEMENTS, MALFORMED, OnnxGraph, OnnxInput, Op
 from inferloom.compiler.frontends.onnx.fold import FOLDS, limit
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.types import Shape, Sym
@@ -121,7 +121,9 @@ class Structure:
             tensor = self.graph.tensors[name]
             limit(tensor.shape)
             return {name: np.asarray(tensor.read())}
-        given = next(i for i in self.graph.inputs if i.name == name)
+        given = next((i for i in self.graph.inputs if i.name == name), None)
+        if given is None:
+            raise UnsupportedError(f"{name!r} is missing")
         return {name: self._given(given, sample)}
 
     def _given(self, given: OnnxInput, sample: Sample) -> np.ndarray:
@@ -151,7 +153,7 @@ class Structure:
                     made = FOLDS[op.key](op, *arrays)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{op}: {error}") from None
-            except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+            except MALFORMED as error:
                 raise UnsupportedError(f"{op} cannot be evaluated: {error}") from error
         if not isinstance(made, (tuple, list)):
             made = (made,)
