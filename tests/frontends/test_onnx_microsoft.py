@@ -66,6 +66,9 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
     net = genai(smooth_softmax=1)
     with pytest.raises(UnsupportedError, match=r"com.microsoft.GroupQueryAttention \(node 'node_attn_.*smooth_softmax=1"):
         front_end.load(net.save(tmp_path / "a"))
+    for options in ({"window": 0}, {"softcap": -1.0}, {"scale": float("inf")}):
+        with pytest.raises(UnsupportedError, match="GroupQueryAttention.*with.*" + next(iter(options))):
+            front_end.load(genai(**options).save(tmp_path / "a"))
     net = genai()
     wrong = net.tensor(np.array([[3]], np.int32))
     attention_node(net).input[5] = wrong
