@@ -92,8 +92,13 @@ def test_a_window_past_all_short_lengths_is_found(tmp_path: Path) -> None:
     for length, size in ((2048, 1000), (1001, 1000), (1000, 0), (512, 0)):
         (node,) = [n for n in front_end.load(wide.save(tmp_path), length).graph.nodes if n.op == "attention"]
         assert node.attrs["window"] == size, length
+    for cached in (True, False):  # no number of this mask is as large as its window
+        twice = decoder(lambda net, q, k: hidden_where(net, net.op("Or", net.op("Greater", k, q), net.op(
+            "GreaterOrEqual", net.op("Sub", net.op("Sub", q, number(net, 1500)), k), number(net, 1500)))), cached=cached)
+        (node,) = [n for n in front_end.load(twice.save(tmp_path), 4096).graph.nodes if n.op == "attention"]
+        assert node.attrs["window"] == 3000
     far = decoder(lambda net, q, k: window(net, q, k, 20000), cached=False).save(tmp_path)
-    assert front_end.load(far, 20000)
+    assert front_end.load(far, 2048).max_model_len == 2048
     with pytest.raises(UnsupportedError, match="computed from the number 20000, and the graph has no cache inputs"):
         front_end.load(far, 32768)
 

@@ -1,7 +1,7 @@
 """What a mask of an ONNX graph means, proved by evaluating it.
 
-A mask is evaluated whole for short sequences, and for lengths past every number that it is computed from, since only
-there a rule can change. Each query must see an unbroken range of keys that ends at itself; where it starts gives a
+A mask is evaluated whole for short sequences, and for lengths past the sum of all numbers that it is computed from, by
+where its rule would change. Each query must see an unbroken range of keys that ends at itself; where it starts gives a
 causal mask, a sliding window or chunks. Anything else is refused.
 """
 
@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from inferloom.compiler.frontends.onnx.fold import limit
 from inferloom.compiler.frontends.onnx.structure import Sample, Structure
 from inferloom.ir.errors import UnsupportedError
 
 #: An additive mask hides with this or less; exp of it is 0 in float32. Beside a bias it must be lower.
 HIDDEN, HIDDEN_FROM_BIAS = -1e4, -1e9
+#: What masks are filled with in half precision: these integers are not lengths.
+_FILLS = frozenset({HIDDEN, -65504.0})
 #: Longest sequence for which a whole mask is evaluated, in tokens.
 LONGEST = 8192
 
@@ -71,17 +72,17 @@ def prove(structure: Structure, masks: tuple[Mask, ...], max_len: int) -> Rule:
 
 
 def _slopes(masks: tuple[Mask, ...], sample: Sample, seen: np.ndarray, bias: np.ndarray, slopes: np.ndarray | None) -> np.ndarray:
-    """How much a bias f64 [heads, tokens, keys] grows from one visible key to the next, if always as much."""
+    """How much a bias f64 [heads, tokens or 1, keys] grows from one visible key to the next, if always as much."""
     if slopes is None:
         last = np.flatnonzero(seen[-1])
         slopes = (bias[:, -1, last[-1]] - bias[:, -1, last[0]]) / max(1, last[-1] - last[0])
     if len(slopes) != len(bias):
         raise UnsupportedError(f"{_named(masks)} has {len(bias)} heads here and {len(slopes)} there")
     distance = np.arange(sample.keys)[None] - sample.positions[:, None]
-    own = np.take_along_axis(bias, np.broadcast_to(sample.positions[None, :, None], (*bias.shape[:2], 1)), 2)
-    for head, slope in enumerate(slopes):
-        error = np.abs(bias[head] - own[head] - slope * distance)[seen]
-        if error.max() > 1e-6 * (1 + np.abs(bias[head][seen]).max()):
+    for slope, head in zip(slopes, bias):
+        added = np.broadcast_to(head, seen.shape)
+        own = added[np.arange(sample.tokens), sample.positions][:, None]
+        if np.abs(added - own - slope * distance)[seen].max() > 1e-6 * (1 + np.abs(added[seen]).max()):
             raise UnsupportedError(f"{_named(masks)} adds a bias to scores that is not ALiBi's slope times the distance; no "
                                    "other bias is supported")
     return slopes
@@ -109,36 +110,37 @@ def fit(first: dict[int, int], masks: tuple[Mask, ...] = ()) -> Rule:
 
 
 def _samples(structure: Structure, masks: tuple[Mask, ...], max_len: int) -> list[Sample]:
-    """Lengths that show every change of rule: short ones, and past each number that the masks are made from."""
-    numbers = [1, *(m.window for m in masks if isinstance(m, Band))]
+    """Lengths that show every change of rule: short ones, the longest, and past the sum of all numbers in the masks."""
+    numbers = [m.window for m in masks if isinstance(m, Band)]
     for mask in masks:
         if isinstance(mask, MaskRef):
-            numbers += _numbers(structure, mask.name)
-    most = min(max_len, max([n for n in numbers if n < max_len], default=1) + 9)
+            numbers += (min(n, max_len) for n in _numbers(structure, mask.name))
+    reach = min(max_len, sum(numbers) + 9)
     usual = [s for s in structure.samples if s.keys <= 64]
     if structure.roles.caches:
-        longest = {Sample(max(0, n - 8), min(n, 8)) for n in (max_len, *(min(max_len, n + 4) for n in numbers if n < max_len))}
-        return [*usual, Sample(0, min(max_len, 40)), *sorted(longest)]
-    if most > LONGEST:
-        raise UnsupportedError(f"{_named(masks)} is computed from the number {most - 9}, and the graph has no cache inputs; "
+        lengths = {max_len, reach, *(min(max_len, n + 4) for n in numbers)}
+        return [*usual, Sample(0, min(max_len, 512)), *sorted(Sample(max(0, n - 8), min(n, 8)) for n in lengths)]
+    if reach > LONGEST:
+        raise UnsupportedError(f"{_named(masks)} is computed from the number {max(numbers)}, and the graph has no cache inputs; "
                                f"to evaluate it, lower --max-model-len to {LONGEST}, or export with past_key_values")
-    return [*usual, Sample(0, min(max_len, max(40, most)))]
+    return [*usual, Sample(0, max(reach, min(max_len, 2048)))]
 
 
 def _numbers(structure: Structure, name: str) -> Iterable[int]:
+    """The magnitudes of what a mask is computed from, but for what hides; of large tables their sizes."""
     for source in structure.ancestors(name):
         tensor = structure.graph.tensors.get(source)
-        if tensor is None:
+        if source in structure.dynamic or source in structure.content:
             continue
-        if tensor.size > 64:
-            yield from (d + extra for d in tensor.shape for extra in (0, 1))
-        elif tensor.size:
-            values = np.abs(np.nan_to_num(tensor.read().astype(np.float64), nan=0.0)).reshape(-1)
-            yield from (int(v) for v in values if v < 2**31 - 1)
+        if tensor is not None and tensor.size > 64:
+            yield from (d + 1 for d in tensor.shape)
+            continue
+        values = structure.at(source, structure.samples[0]).astype(np.float64).reshape(-1)
+        yield from (int(abs(v)) for v in values[:64] if (v > HIDDEN or v.is_integer()) and abs(v) < 2**31 - 1 and v not in _FILLS)
 
 
 def _evaluated(structure: Structure, masks: tuple[Mask, ...], sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-    """What all masks let through, bool [tokens, keys], and what they add, f64 [heads, tokens, keys]."""
+    """What all masks let through, bool [tokens, keys], and what they add, f64 [heads, tokens or 1, keys]."""
     seen = np.ones((sample.tokens, sample.keys), bool)
     bias: np.ndarray | None = None
     for mask in masks:
@@ -172,7 +174,7 @@ def _band(mask: Band, sample: Sample) -> np.ndarray:
 
 
 def _visible(structure: Structure, mask: MaskRef, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-    """bool [tokens, keys], equal for all heads, and the bias f64 [heads, tokens, keys] if there is one."""
+    """bool [tokens, keys], equal for all heads, and the bias f64 [heads, tokens or 1, keys] if there is one."""
     array = structure.at(mask.name, sample, keep=False)
     if mask.factor != 1:
         array = array * array.dtype.type(mask.factor)
@@ -186,9 +188,8 @@ def _visible(structure: Structure, mask: MaskRef, sample: Sample) -> tuple[np.nd
     if array.dtype != np.bool_:
         hidden = array <= HIDDEN
         if not (hidden | (array == 0)).all():
-            limit((len(array), *full))
             hidden = array <= HIDDEN_FROM_BIAS
-            bias = np.broadcast_to(np.where(hidden, 0, array).astype(np.float64), (len(array), *full))
+            bias = np.broadcast_to(np.where(hidden, 0, array).astype(np.float64), (*array.shape[:2], full[1]))
         array = ~hidden
     if mask.inverted:
         array = ~array
