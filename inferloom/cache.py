@@ -138,12 +138,13 @@ def _files(checkpoint: Path) -> Mapping[str, str]:
     except (OSError, ValueError):
         memo = {}
     digests, before = {}, len(memo)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     for path in _inputs(checkpoint):
         stat = path.stat()
         stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
         if stamp not in memo:
             memo[stamp] = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-        digests[f"{path.parent.name}/{path.name}" if _is_onnx(checkpoint) else path.name] = memo[stamp]
+        digests[os.path.relpath(path, folder)] = memo[stamp]
     if len(memo) != before:
         memo_path.parent.mkdir(parents=True, exist_ok=True)
         temporary = memo_path.with_name(f"digests.{os.getpid()}.tmp")

@@ -29,6 +29,7 @@ def test_genai_decoder_matches_onnxruntime(options: dict[str, Any], window: int,
     assert np.abs(run(traced, IDS) - want).max() <= 1e-4 * want.std()
     found = [n for n in traced.graph.nodes if n.op == "attention"]
     assert [n.attrs["slot"] for n in found] == [0, 1] and {n.attrs["window"] for n in found} == {window}
+    assert bool(traced.notes) == ("bits" in options)
     assert traced.max_model_len == 64, "the rotary caches have 64 rows"
 
 

@@ -234,6 +234,8 @@ class Importer:
         key = (data.tobytes(), str(made))
         if key not in self._lifted:
             source = f"buffer:{name}"
+            while source in self.buffers or source in self.graph.tensors:
+                source += "'"
             self.buffers[source] = data
             self._lifted[key] = self.builder.param(source, made)
         return Traced(self._lifted[key], shape, axes)

@@ -46,9 +46,11 @@ def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
     imported = import_graph(graph, structure, logits_of(graph, roles), facts["architecture"] or graph.name or "onnx", wanted)
     length = _length(imported, wanted, max_model_len)
     name = file.resolve().parent.name if file.name == "model.onnx" else file.stem
+    unpacked = sum(op.type == "MatMulNBits" for op in graph.ops)
+    notes = (f"the weights of {unpacked} MatMulNBits are unpacked: they take the artifact's own dtype",) if unpacked else ()
     files = {n: p for n, p in beside.items() if n in TOKENIZER_FILES}
     return TracedModel(imported.graph, ArraySource(imported.sources), name, facts["architecture"] or "onnx",
-                       imported.vocab_size, length, facts["eos"], facts["bos"], files)
+                       imported.vocab_size, length, facts["eos"], facts["bos"], files, notes)
 
 
 def _length(imported: Imported, wanted: int, asked: int | None) -> int:
