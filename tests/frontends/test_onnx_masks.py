@@ -160,6 +160,32 @@ def reference_logits(path: Path, ids: np.ndarray) -> np.ndarray:
     return np.asarray(ReferenceEvaluator(str(path)).run(["logits"], {"input_ids": ids[None].astype(np.int64)})[0][0])
 
 
+def scaled_past(length: int, cached: bool) -> Net:
+    """A decoder that doubles its embeddings when the sequence is longer than `length`."""
+    net = decoder(causal, cached=cached)
+    rest = net.nodes[1:]
+    del net.nodes[1:]
+    tokens = net.op("Shape", "input_ids", start=1, end=2)
+    total = net.op("Add", tokens, net.op("Shape", "past.key", start=2, end=3)) if cached else tokens
+    factor = net.op("Where", net.op("Greater", total, number(net, length)), net.tensor(np.float32(2)), net.tensor(np.float32(1)))
+    x = net.nodes[0].output[0]
+    scaled = net.op("Mul", x, factor)
+    for node in rest:
+        node.input[:] = [scaled if i == x else i for i in node.input]
+    net.nodes += rest
+    return net
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_changes_with_the_length_is_not_taken_for_constant(cached: bool, tmp_path: Path) -> None:
+    path = scaled_past(1000, cached).save(tmp_path)
+    ids = np.random.default_rng(1).integers(0, VOCAB, 30).astype(np.int32)
+    want = onnxruntime_logits(path, ids)
+    assert np.abs(run(front_end.load(path, 1000), ids) - want).max() <= 1e-4 * want.std()
+    with pytest.raises(UnsupportedError, match=r"Mul \(node .*varies with the number of tokens .*unknown operator"):
+        front_end.load(path, 1001)
+
+
 def test_fit_refuses_what_has_no_rule() -> None:
     assert fit({0: 0, 5: 0, 9: 0}) == Rule()
     with pytest.raises(UnsupportedError, match="the token at position 3 sees from 2 on"):

@@ -206,8 +206,12 @@ class Importer:
         op = self.structure.producers.get(name)
         if op is None:
             raise UnsupportedError(f"input {name!r} has no known meaning")
-        for output, made in zip(op.outputs, self.lower(op)):
-            self.env[output] = made
+        try:
+            results = self.lower(op)
+        except UnsupportedError as error:  # the innermost operator is the one at fault
+            raise error if "(node" in str(error) else UnsupportedError(
+                f"{name!r} varies with the number of tokens or their positions, and {op} is not imported: {error}") from None
+        self.env.update(zip(op.outputs, results))
         return self.need(name)
 
     def _param(self, tensor: Tensor) -> Traced:
