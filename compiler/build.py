@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from inferloom.compiler.frontends.huggingface import TracedModel, load
+from inferloom.compiler.frontends import huggingface
+from inferloom.compiler.frontends.huggingface import TracedModel
+from inferloom.compiler.frontends.paths import is_onnx
 from inferloom.compiler.kernels import Selection, select_kernels
 from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
@@ -83,7 +85,7 @@ class Compiled:
 def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dtype: str = "bf16",
                   max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64,
                   block_tokens: int = 32, batch_invariant: bool = False, progress: Progress | None = None) -> Path:
-    """Compile a checkpoint directory (or a `TracedModel`) for a chip into the artifact directory `out`.
+    """Compile a checkpoint directory, an ONNX file (or a `TracedModel`) for a chip into the artifact directory `out`.
 
     An artifact that stands there is replaced, and nothing of it is left half written. Raises UnsupportedError
     for a model, chip or option that cannot be compiled.
@@ -103,6 +105,15 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
         seal(folder, manifest)
         publish(folder, final)
     return final
+
+
+def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
+    """The model at a path, by the front end that reads it."""
+    if not is_onnx(Path(path)):
+        return huggingface.load(path, max_model_len)
+    from inferloom.compiler.frontends.onnx import loader  # the onnx package is an extra of its own
+
+    return loader.load(path, max_model_len)
 
 
 def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say: Progress) -> Compiled:

@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from inferloom.cache import CompileOptions, Progress, compile_cached, is_artifact, is_checkpoint, require_compiler
+from inferloom.cache import (
+    CompileOptions,
+    Progress,
+    compile_cached,
+    is_artifact,
+    is_checkpoint,
+    require_compiler,
+    require_front_end,
+)
 from inferloom.errors import UsageError
 
 
@@ -15,11 +23,11 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
             max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
             max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, force: bool = False,
             progress: Progress | None = None) -> Path:
-    """Compile a checkpoint folder or a module into an artifact; returns the artifact's folder.
+    """Compile a checkpoint folder, an ONNX file or a module into an artifact; returns the artifact's folder.
 
-    `model_or_path` is a checkpoint, a `TracedModel` of one of the front ends, or an `nn.Module` that maps
-    (tokens, positions), both i64[tokens], to logits [tokens, vocab_size]; a module needs `vocab_size`,
-    `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32`,
+    `model_or_path` is a checkpoint, an ONNX file (or its folder), a `TracedModel` of one of the front ends, or
+    an `nn.Module` that maps (tokens, positions), both i64[tokens], to logits [tokens, vocab_size]; a module needs
+    `vocab_size`, `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32`,
     `bf16` or, for a GPU, `fp16`. With `batch_invariant` a GPU gives a sequence the same bits in any batch, as CPUs
     always do. Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
     is replaced only if `force`, and only once the new one is complete. `progress` is called with a line of text for
@@ -30,7 +38,8 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
     if from_path:
         model_or_path = Path(model_or_path).expanduser()
         if not is_checkpoint(model_or_path):
-            raise UsageError(f"{model_or_path} is not a checkpoint: it needs config.json and *.safetensors"
+            raise UsageError(f"{model_or_path} is not a checkpoint: it needs config.json and *.safetensors, or an "
+                             "ONNX file"
                              + (" (it is an artifact, already compiled)" if is_artifact(model_or_path) else ""))
         if out is None:
             return compile_cached(model_or_path, options, progress)
@@ -38,6 +47,8 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
         raise UsageError("out= is needed to compile a module: the cache holds checkpoints only")
     target = Path(out).expanduser()
     require_compiler("compiling")
+    if from_path:
+        require_front_end(model_or_path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         if not is_artifact(target):
             raise UsageError(f"{target} exists and is not an artifact; give another folder")

@@ -48,8 +48,14 @@ def is_artifact(path: Path) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` looks like a Hugging Face checkpoint with safetensors weights."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    """Whether `path` looks like a Hugging Face checkpoint with safetensors weights, or is an ONNX model."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors")) or _is_onnx(path)
+
+
+def _is_onnx(path: Path) -> bool:
+    from inferloom.compiler.frontends.paths import is_onnx
+
+    return is_onnx(path)
 
 
 def cache_dir() -> Path:
@@ -71,6 +77,12 @@ def require_compiler(why: str) -> None:
             "installed; run: pip install 'inferloom[compile]' (or compile on another machine and copy the artifact)")
 
 
+def require_front_end(model: Path) -> None:
+    """Raise `MissingExtraError` with the command to run when what reads `model` is not installed."""
+    if _is_onnx(model) and find_spec("onnx") is None:
+        raise MissingExtraError(f"reading {model} needs the package onnx; run: pip install 'inferloom[compile,onnx]'")
+
+
 def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None,
             progress: Progress | None = None) -> Path:
     """The artifact to load for `model`: itself, or a checkpoint's artifact from the cache, compiled on first use.
@@ -81,11 +93,11 @@ def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None
     if is_artifact(path):
         return path
     if not path.exists():
-        raise UsageError(f"{path} does not exist; give an artifact (a folder with manifest.json) or a checkpoint "
-                         "(a folder with config.json and *.safetensors)")
+        raise UsageError(f"{path} does not exist; give an artifact (a folder with manifest.json), a checkpoint "
+                         "(a folder with config.json and *.safetensors) or an ONNX file")
     if not is_checkpoint(path):
         raise UsageError(f"{path} is neither an artifact (no manifest.json) nor a checkpoint "
-                         "(no config.json with *.safetensors)")
+                         "(no config.json with *.safetensors) nor an ONNX model (no *.onnx)")
     return compile_cached(path, options or CompileOptions(), progress)
 
 
@@ -93,6 +105,7 @@ def compile_cached(checkpoint: Path, options: CompileOptions, progress: Progress
     """The artifact of `checkpoint` in the cache; compiled if it is not there. One process compiles, others wait."""
     report = progress or (lambda _: None)
     require_compiler(f"compiling {checkpoint}")
+    require_front_end(checkpoint)
     key = content_key(checkpoint, options)
     out = cache_dir() / "artifacts" / f"{checkpoint.resolve().name}-{options.dtype}-{key[:16]}"
     with _lock(out.with_suffix(".lock"), report):
@@ -109,7 +122,7 @@ def content_key(checkpoint: Path, options: CompileOptions) -> str:
     digest = blake3(json.dumps(asdict(options), sort_keys=True).encode())
     for name, value in sorted(_files(checkpoint).items()):
         digest.update(f"\0{name}\0{value}".encode())
-    for package in COMPILE_PACKAGES:
+    for package in (*COMPILE_PACKAGES, *(["onnx"] if _is_onnx(checkpoint) else [])):
         digest.update(f"\0{package}={_version(package)}".encode())
     digest.update(_compiler_source())
     if options.chip == "cpu":
@@ -125,20 +138,30 @@ def _files(checkpoint: Path) -> Mapping[str, str]:
     except (OSError, ValueError):
         memo = {}
     digests, before = {}, len(memo)
-    for path in sorted(checkpoint.iterdir()):
-        if not path.is_file() or path.suffix in _SKIPPED:
-            continue
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    for path in _inputs(checkpoint):
         stat = path.stat()
         stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
         if stamp not in memo:
             memo[stamp] = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-        digests[path.name] = memo[stamp]
+        digests[os.path.relpath(path, folder)] = memo[stamp]
     if len(memo) != before:
         memo_path.parent.mkdir(parents=True, exist_ok=True)
         temporary = memo_path.with_name(f"digests.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(memo, indent=1, sort_keys=True))
         temporary.replace(memo_path)
     return digests
+
+
+def _inputs(checkpoint: Path) -> list[Path]:
+    """The files that compiling may read."""
+    if not _is_onnx(checkpoint):
+        return [p for p in sorted(checkpoint.iterdir()) if p.is_file() and p.suffix not in _SKIPPED]
+    from inferloom.compiler.frontends.onnx.file import files_of
+    from inferloom.compiler.frontends.paths import onnx_facts, onnx_file
+
+    file = onnx_file(checkpoint)
+    return [*files_of(file), *onnx_facts(file).values()]
 
 
 def _compiler_source() -> bytes:

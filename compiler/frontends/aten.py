@@ -6,7 +6,6 @@ The program takes token ids and positions [1, tokens] and the wanted rows i64[ro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import sympy
 import torch
 
 from inferloom.compiler.frontends.layout import Layouts, Merged, Traced, natural_axes
+from inferloom.compiler.frontends.source import location
 from inferloom.ir.errors import UnsupportedError, VerifyError
 from inferloom.ir.graph import Builder, Graph, Node, Value
 from inferloom.ir.types import DType, Shape, Sym, TensorType
@@ -334,18 +334,6 @@ def tidy(graph: Graph) -> Graph:
     used = dict.fromkeys(v for n in nodes for v in n.operands)
     params = {p.value: p for p in graph.params}
     return Graph(graph.name, graph.inputs, tuple(params[v] for v in used if v in params), tuple(nodes), graph.outputs)
-
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_NOT_MODEL = ("/torch/", "/inferloom/compiler/frontends/", "/compiler/frontends/")
-
-
-def location(stack_trace: str) -> str:
-    """`modeling_llama.py:123` from a recorded stack trace: the innermost frame of the model's own file."""
-    frames = [(f, n) for f, n in _FRAME.findall(stack_trace) if not any(part in f for part in _NOT_MODEL)]
-    own = [frame for frame in frames if "/modeling_" in frame[0] and "/transformers/models/" in frame[0]]
-    chosen = own or frames
-    return f"{chosen[-1][0].rsplit('/', 1)[-1]}:{chosen[-1][1]}" if chosen else ""
 
 
 def module_path(node: Any, prefix: str = "") -> str:

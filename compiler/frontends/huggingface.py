@@ -20,6 +20,7 @@ from inferloom.compiler.frontends import hooks, layers
 from inferloom.compiler.frontends.aten import Imported, import_program
 from inferloom.compiler.frontends.conversion import named
 from inferloom.compiler.frontends.hf_config import fix_rope, model_length, position_limit, read_config, special_ids
+from inferloom.compiler.frontends.paths import TOKENIZER_FILES
 from inferloom.compiler.frontends.skeleton import Stored, build_skeleton
 from inferloom.compiler.frontends.weights import (
     CheckpointSource,
@@ -32,8 +33,6 @@ from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph
 from inferloom.ir.types import Sym
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")
 #: Bounds while tracing; the compiler sets its own.
 MOST = 65536
 TOKENS, ROWS = Sym("tokens", MOST), Sym("rows", MOST)

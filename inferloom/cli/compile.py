@@ -1,4 +1,4 @@
-"""`inferloom compile`: a checkpoint becomes an artifact."""
+"""`inferloom compile`: a checkpoint or an ONNX file becomes an artifact."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferloom.compiler.frontends.aten import location
 from inferloom.compiler.frontends.layout import Layouts, Traced, natural_axes
+from inferloom.compiler.frontends.source import location
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder
 from inferloom.ir.interpret import interpret
