@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from inferloom.compiler import plugins
 from inferloom.compiler.frontends import huggingface
 from inferloom.compiler.frontends.huggingface import TracedModel
 from inferloom.compiler.frontends.paths import is_onnx
@@ -20,6 +21,7 @@ from inferloom.compiler.kernels import Selection, select_kernels
 from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
 from inferloom.compiler.plan import Placement, Plan, Rows, align, plan_memory, tensor_bytes
+from inferloom.compiler.plugins import Plugin
 from inferloom.compiler.report import Report
 from inferloom.compiler.state import Place
 from inferloom.compiler.weights import weight_buffers
@@ -55,6 +57,7 @@ class BuildOptions:
     max_seqs: int = 64
     block_tokens: int = 32
     batch_invariant: bool = False
+    plugins: tuple[Plugin, ...] = ()
 
     def check(self, target: Target) -> None:
         """UnsupportedError on a dtype that the target lacks or a limit that makes no sense."""
@@ -84,14 +87,16 @@ class Compiled:
 
 def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dtype: str = "bf16",
                   max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64,
-                  block_tokens: int = 32, batch_invariant: bool = False, progress: Progress | None = None) -> Path:
+                  block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
+                  progress: Progress | None = None) -> Path:
     """Compile a checkpoint directory, an ONNX file (or a `TracedModel`) for a chip into the artifact directory `out`.
 
+    `passes` are files or names as compiler/plugins.py knows them.
     An artifact that stands there is replaced, and nothing of it is left half written. Raises UnsupportedError
     for a model, chip or option that cannot be compiled.
     """
     say = progress or (lambda message: None)
-    options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant)
+    options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes))
     target = target_for(find(chip), batch_invariant)
     options.check(target)
     say("tracing the model")
@@ -124,7 +129,8 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     wanted = target.lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
     graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, wanted.prologue,
-                                       options.block_tokens, options.max_tokens, options.max_seqs, blocks), report, dump)
+                                       options.block_tokens, options.max_tokens, options.max_seqs, blocks,
+                                       options.plugins), report, dump)
     plan = plan_memory(graph, Rows(wanted.row_align, wanted.avoid))
     selection = select_kernels(plan)
     say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({target.chip.name})")
@@ -208,7 +214,8 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
                         plan.bytes_per_block),
         output=m.Output("logits", logits.offset, logits.ld, model.vocab_size, top), kernels=kernels, plan=tuple(calls),
         weights=m.WeightsInfo(WEIGHTS_FILE, data_offset, plan.weight_bytes),
-        numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype])},
+        numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype]),
+                  **({"passes": ", ".join(f"{p.name} {p.digest}" for p in options.plugins)} if options.plugins else {})},
         files={})
 
 

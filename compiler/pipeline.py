@@ -23,6 +23,7 @@ from inferloom.compiler.passes import (
     recognize_norm,
     recognize_rotary,
 )
+from inferloom.compiler.plugins import Plugin
 from inferloom.compiler.report import Report
 from inferloom.ir.errors import InferloomError
 from inferloom.ir.graph import Graph
@@ -44,6 +45,7 @@ class Options:
     max_tokens: int
     max_seqs: int
     blocks_per_seq: int
+    plugins: tuple[Plugin, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def steps(options: Options) -> tuple[Step, ...]:
     """The passes in order."""
     page = partial(page_state.run, dtype=options.dtype, block_tokens=options.block_tokens, seqs=options.max_seqs,
                    blocks_per_seq=options.blocks_per_seq)
+    variants = [p.variant for p in options.plugins if p.variant is not None]
     bounds = {"tokens": options.max_tokens, "rows": options.max_seqs}
     return (
         Step("bind-dims", partial(bind_dims.run, bounds=bounds), "model", "every later pass sees the artifact's limits"),
@@ -81,8 +84,10 @@ def steps(options: Options) -> tuple[Step, ...]:
         Step("canonicalize-2", canonicalize.run, "model", "merging leaves slices and reshapes behind"),
         Step("cse-2", cse.run, "model", "recognised ops may have become equal"),
         Step("dce", dce.run, "model", "what was matched is dead now"),
+        *(Step(p.name, p.run, "model", "passes from outside see what was recognised") for p in options.plugins if p.run),
         Step("absorb-latent", latent.run, "model", "looks for the linear that makes keys and values, and nothing else"),
-        Step("lower-attention", lower_attention.run, "model", "variants read the attributes of the traced node"),
+        Step("lower-attention", partial(lower_attention.run, more=variants), "model",
+             "variants read the attributes of the traced node"),
         Step("lower-precision", partial(lower_precision.run, dtype=options.dtype), "model",
              "after all patterns, which know nothing of casts"),
         Step("page-state", page, "serving", "makes state explicit"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,22 @@ from inferloom.errors import UsageError
 
 def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str | os.PathLike[str] | None = None, *,
             max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
-            max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, force: bool = False,
-            progress: Progress | None = None) -> Path:
+            max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
+            force: bool = False, progress: Progress | None = None) -> Path:
     """Compile a checkpoint folder, an ONNX file or a module into an artifact; returns the artifact's folder.
 
     `model_or_path` is a checkpoint, an ONNX file (or its folder), a `TracedModel` of one of the front ends, or
     an `nn.Module` that maps (tokens, positions), both i64[tokens], to logits [tokens, vocab_size]; a module needs
     `vocab_size`, `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32`,
     `bf16` or, for a GPU, `fp16`. With `batch_invariant` a GPU gives a sequence the same bits in any batch, as CPUs
-    always do. Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
+    always do. `passes` are files with passes of your own, or names that installed packages offer under the entry point
+    `inferloom.passes`; they run in this process.
+    Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
     is replaced only if `force`, and only once the new one is complete. `progress` is called with a line of text for
     each stage. Raises `UsageError`, `MissingExtraError`, or `UnsupportedError` for what cannot be compiled.
     """
-    options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant)
+    options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant,
+                             tuple(passes))
     from_path = isinstance(model_or_path, str | os.PathLike)
     if from_path:
         model_or_path = Path(model_or_path).expanduser()

@@ -40,6 +40,7 @@ class CompileOptions:
     max_seqs: int = 64
     block_tokens: int = 32
     batch_invariant: bool = False
+    passes: tuple[str, ...] = ()
 
 
 def is_artifact(path: Path) -> bool:
@@ -120,6 +121,11 @@ def compile_cached(checkpoint: Path, options: CompileOptions, progress: Progress
 def content_key(checkpoint: Path, options: CompileOptions) -> str:
     """Hex digest of all that decides the artifact's bytes."""
     digest = blake3(json.dumps(asdict(options), sort_keys=True).encode())
+    if options.passes:
+        from inferloom.compiler.plugins import source_of
+
+        for name in options.passes:
+            digest.update(b"\0" + source_of(name).read_bytes())
     for name, value in sorted(_files(checkpoint).items()):
         digest.update(f"\0{name}\0{value}".encode())
     for package in (*COMPILE_PACKAGES, *(["onnx"] if _is_onnx(checkpoint) else [])):

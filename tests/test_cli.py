@@ -159,6 +159,15 @@ def test_chips(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert made["cpu"] in capsys.readouterr().out
 
 
+def test_models_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inferloom(monkeypatch, "models", "--json") == 0
+    made = {a["name"]: a for a in json.loads(capsys.readouterr().out)["architectures"]}
+    assert made["llama"]["fp32"] and made["llama"]["nvidia"] and made["llama"]["amd"] and not made["llama"]["why"]
+    assert all(a["why"] for a in made.values() if not (a["fp32"] and a["nvidia"] and a["amd"]))
+    assert inferloom(monkeypatch, "models") == 0
+    assert "llama" in capsys.readouterr().out
+
+
 def test_completion_knows_commands_and_dtypes() -> None:
     words = {"inferloom comp": "compile", "inferloom compile x --dtype b": "bf16"}
     for line, expected in words.items():

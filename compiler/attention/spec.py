@@ -39,7 +39,7 @@ class Variant:
 
     name: str
     apply: Callable[[Node, tuple[Value | None, ...], AttentionSpec], AttentionSpec]
-    consumes: frozenset[str]
+    consumes: frozenset[str] = frozenset()
 
 
 __all__ = ["HEAD", "K_POS", "Q_POS", "SCORE", "AttentionSpec", "Load", "Variant"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inferloom.compiler.attention import VARIANTS, AttentionSpec
+from inferloom.compiler.attention import VARIANTS, AttentionSpec, Variant
 from inferloom.compiler.report import Report
 from inferloom.ir import op as ops
 from inferloom.ir.errors import UnsupportedError
@@ -19,20 +19,22 @@ NAME = "lower-attention"
 _COMMON = frozenset({"scale", "slot", "v_dim"})
 
 
-def run(graph: Graph, report: Report) -> Graph:
+def run(graph: Graph, report: Report, more: Sequence[Variant] = ()) -> Graph:
+    """`more` variants come after the built-in ones."""
     declared = ops.get("attention")
-    known = _COMMON.union(*(v.consumes for v in VARIANTS))
+    variants = (*VARIANTS, *more)
+    known = _COMMON.union(*(v.consumes for v in variants))
 
     def visit(builder: Builder, node: Node, operands: tuple[Value | None, ...]) -> Sequence[Value] | None:
         if node.op != "attention":
             return None
-        if node.attrs["variant"] != "causal":
+        if node.attrs["variant"] not in ("causal", *(v.name for v in more)):
             raise UnsupportedError(f"{node.loc}: no pass gives meaning to attention variant {node.attrs['variant']!r}")
         for name, spec in declared.attrs.items():
             if name not in known and node.attrs[name] != spec.default:
                 raise UnsupportedError(f"{node.loc}: no attention variant consumes {name}={node.attrs[name]!r}")
         meaning = AttentionSpec()
-        for variant in VARIANTS:
+        for variant in variants:
             changed = variant.apply(node, operands, meaning)
             if changed != meaning:
                 report.fused(f"attention slot {node.attrs['slot']}: {variant.name}", node.loc)

@@ -8,6 +8,7 @@ import typer
 
 from inferloom import __version__
 from inferloom.cli.bench import bench
+from inferloom.cli.check_pass import check_pass
 from inferloom.cli.chips import chips
 from inferloom.cli.compile import compile_
 from inferloom.cli.doctor import doctor
@@ -40,5 +41,6 @@ app.command("chat")(chat)
 app.command("inspect")(inspect)
 app.command("chips")(chips)
 app.command("models")(models)
+app.command("check-pass")(check_pass)
 app.command("bench")(bench)
 app.command("doctor")(doctor)

@@ -26,6 +26,7 @@ def compile_(
     block_tokens: Annotated[int, typer.Option(min=16, help="Tokens in a block of the paged state.")] = 32,
     batch_invariant: Annotated[bool, typer.Option(
         "--batch-invariant", help="On a GPU: the same bits whatever else is in the batch. CPUs always do.")] = False,
+    passes: options.Passes = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     json_: options.Json = False,
 ) -> None:
@@ -38,7 +39,7 @@ def compile_(
     with progress(f"compiling {checkpoint}") as report:
         path = inferloom.api.compile(checkpoint, chip=chip, dtype=dtype, out=output, max_model_len=max_model_len,
                                      max_tokens=max_tokens, max_seqs=max_seqs, block_tokens=block_tokens,
-                                     batch_invariant=batch_invariant, force=force, progress=report)
+                                     batch_invariant=batch_invariant, passes=passes or (), force=force, progress=report)
     seconds = time.perf_counter() - start
     manifest = json.loads((path / "manifest.json").read_text())
     size = size_on_disk(path)

@@ -35,6 +35,9 @@ Chip = Annotated[str, typer.Option("--chip", help="Chip to compile for: see `inf
 Dtype = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or (GPUs only) fp16.", autocompletion=complete_dtype)]
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_default=False,
                                                  help="Longest sequence; the model's own limit if not given.")]
+Passes = Annotated[list[str] | None, typer.Option("--pass", show_default=False, metavar="FILE|NAME",
+                                                 help="A pass of your own: a .py file, or one that an installed package "
+                                                      "offers. Its code runs.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False,
                                              help="Threads; all cores if not given.")]
 Gpu = Annotated[int, typer.Option("--gpu", min=0, help="Number of the GPU, for artifacts of one.")]

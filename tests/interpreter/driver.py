@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.interpreter.harness import TORCH, load_module
+from inferloom.checks.interpreter import TORCH, load_module
 
 
 class Address:

@@ -1,0 +1,1 @@
+"""What proves a pass: `inferloom check-pass`."""

@@ -1,0 +1,125 @@
+"""Passes from outside: proving them, compiling with them, and what is wrong with some."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import inferloom
+from inferloom.checks.check_pass import check_pass
+from inferloom.compiler import plugins
+from inferloom.ir.errors import UnsupportedError
+from inferloom.runtime.llm import LLM
+from inferloom.runtime.params import SamplingParams
+from tests.test_cli import inferloom as command
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "my_variant" / "my_variant.py"
+HEAD = "from inferloom.compiler.attention import HEAD, K_POS, Q_POS, SCORE, Variant\nfrom inferloom.ir.expr import *\n"
+
+
+def write(folder: Path, body: str) -> str:
+    path = folder / "pass_file.py"
+    path.write_text(HEAD + body)
+    return str(path)
+
+
+def test_the_example_is_proved() -> None:
+    assert len(EXAMPLE.read_text().splitlines()) <= 60
+    results = {r.name: r for r in check_pass(str(EXAMPLE))}
+    assert {r.ok for name, r in results.items() if name != "speed"} == {True}
+    kinds = ("dense", "chunks", "decode", "cached", "batch", "pages")
+    assert list(results) == ["meaning", *(f"{t}: {k}" for t in ("cpu", "gpu") for k in kinds), "speed"]
+    for target in ("cpu", "gpu"):  # 63 keys back from the last of 100 is the key at 36, in the third page
+        assert results[f"{target}: pages"].text.startswith("the query at 99 reads 5 of 7 pages; 5 hold")
+
+
+@pytest.mark.parametrize(("body", "failed"), [
+    # `first` is past keys that are visible: pages are not read that should be.
+    ("VARIANT = Variant('late', lambda node, operands, spec: spec.see_only(Q_POS - K_POS < 60, maximum(Q_POS - 20, Const(0))))",
+     {"cpu: dense", "cpu: pages"}),
+    # The file's own words say something else.
+    ("VARIANT = Variant('other', lambda node, operands, spec: spec.see_only(Q_POS - K_POS < 5, maximum(Q_POS - 4, Const(0))))\n"
+     "def reference(q, k, v, scale):\n    return q * 0\n", {"meaning"}),
+])
+def test_what_is_wrong_fails(body: str, failed: set[str], tmp_path: Path) -> None:
+    results = check_pass(write(tmp_path, body), gpu=False, speed=False)
+    assert {r.name for r in results if r.ok is False} >= failed
+
+
+def test_scores_and_single_layers(tmp_path: Path) -> None:
+    body = """
+from dataclasses import replace
+def apply(node, operands, spec):
+    return replace(spec, score=spec.score - 0.1 * call("abs", Q_POS - K_POS) * (HEAD + 1)) if node.attrs["slot"] else spec
+VARIANT = Variant("falling", apply)
+"""
+    results = {r.name: r for r in check_pass(write(tmp_path, body), gpu=False, speed=False)}
+    assert all(r.ok in (True, None) for r in results.values())
+    assert "7 of 7 pages" in results["cpu: pages"].text
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    ("VARIANT = 3", "VARIANT must be"), ("x = 1", "neither VARIANT nor run"), ("raise ValueError('no')", "ValueError: no"),
+    ("def f(:", "SyntaxError")])
+def test_files_that_are_no_passes(body: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        plugins.load([write(tmp_path, body)])
+
+
+def test_names_that_nobody_offers() -> None:
+    with pytest.raises(UnsupportedError, match=r"neither a .py file nor offered.*offered: none"):
+        plugins.load(["dilated"])
+    with pytest.raises(UnsupportedError, match="no such file"):
+        plugins.load(["nothing.py"])
+
+
+def test_installed_packages_offer_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_variant.py").write_text(EXAMPLE.read_text())
+    info = tmp_path / "my_variant-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-variant\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[inferloom.passes]\ndilated = my_variant\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (made,) = plugins.load(["dilated"])
+    assert made.name == "dilated" and made.variant is not None and made.variant.name == "dilated"
+
+
+def test_compiled_served_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Path(__file__).parents[1] / "models" / "demo"
+    out = tmp_path / "dilated"
+    assert command(monkeypatch, "compile", str(demo), "--pass", str(EXAMPLE), "--dtype", "fp32", "--out", str(out),
+                   "--max-tokens", "64", "--max-seqs", "4") == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    (loaded,) = plugins.load([str(EXAMPLE)])
+    assert manifest["numerics"]["passes"] == f"my_variant {loaded.digest}"
+    plain = inferloom.compile(demo, dtype="fp32", out=tmp_path / "plain", max_tokens=64, max_seqs=4)
+    ids = np.random.default_rng(0).integers(3, 200, 90).tolist()
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=3, ignore_eos=True)
+    with LLM(out, threads=1) as ours, LLM(plain, threads=1) as theirs:
+        assert {g.kind for g in ours.manifest.state.groups} == {"window_kv"}
+        mine, other = (llm.generate([ids, ids[:20]], params) for llm in (ours, theirs))
+        assert mine[0].outputs != other[0].outputs
+        # Of eight tokens, all of them near.
+        assert np.array_equal(ours.logits(ids[:8]), theirs.logits(ids[:8]))
+
+
+def test_the_cache_knows_a_pass_by_its_content(tmp_path: Path) -> None:
+    from inferloom.cache import CompileOptions, content_key
+
+    demo = Path(__file__).parents[1] / "models" / "demo"
+    first = write(tmp_path, "VARIANT = Variant('a', lambda node, operands, spec: spec)")
+    keys = [content_key(demo, CompileOptions()), content_key(demo, CompileOptions(passes=(first,)))]
+    write(tmp_path, "VARIANT = Variant('b', lambda node, operands, spec: spec)")
+    keys.append(content_key(demo, CompileOptions(passes=(first,))))
+    assert len(set(keys)) == 3
+
+
+def test_the_command_reports_and_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    late = write(tmp_path, "VARIANT = Variant('late', lambda n, o, spec: spec.see_only(Q_POS - K_POS < 60, Q_POS - 9))")
+    assert command(monkeypatch, "check-pass", late, "--no-gpu", "--no-speed", "--json") == 1
+    made = json.loads(capsys.readouterr().out)
+    assert not made["ok"] and any(r["name"] == "cpu: pages" and "misses" in r["text"] for r in made["results"])
