@@ -66,10 +66,10 @@ def render() -> str:
         "# Models", "",
         "<!-- Written by `python -m inferloom.compiler.architectures docs/models.md`. -->", "",
         "Every architecture that transformers loads as a causal language model, as a small random model in the shape of its",
-        f"defaults: of {len(known)}, {counts}. `benchmarks/breadth.py` measures this; `inferloom models` prints it.", "",
+        f"defaults: of {len(known)}, {counts}.", "`benchmarks/breadth.py` measures this; `inferloom models` prints it.", "",
         "fp32: the largest error of a logit against transformers, relative to the logits' standard deviation, of single",
         "sequences and of a ragged batch through chunked prefill and decode; a yes is at most 1e-3.", "",
-        "| architecture | traces | fp32 | CPU | NVIDIA | AMD | state | why not |", "| " + "--- | " * 8]
+        "| architecture | traces | fp32 | CPU | NVIDIA | AMD | state | why not |", "|" + " --- |" * 8]
     for a in known:
         error = f"{a.error:.0e}" if a.error is not None and a.fp32 else _mark(a.fp32)
         marks = [_mark(a.traces), error, *(_mark(x) for x in (a.cpu, a.nvidia, a.amd))]
