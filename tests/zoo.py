@@ -117,6 +117,8 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
                                                      "head_dim": 16}),
     "minimax": ("minimax", _GATED | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
                                      "layer_types": ["linear_attention", "full_attention"]}),
+    "rwkv": ("rwkv", {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64,
+                      "intermediate_size": 96, "rescale_every": 0, "context_length": 256}),
     "lfm2": ("lfm2", _GATED | {"layer_types": ["conv", "full_attention"]}),
 }
 ZOO |= RECURRENT

@@ -133,14 +133,6 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     return (down * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
-#: Module-level functions of recurrent layers that have no op yet; found in a model's file, they are reported by name.
-UNKNOWN = ("rwkv_linear_attention",)
-
-
-def _unknown_functions(files: set[str]) -> list[str]:
-    return [f"{file.rsplit('.', 1)[-1]}.{name}" for file in sorted(files) for name in UNKNOWN if hasattr(sys.modules[file], name)]
-
-
 def _bloom(self: Any, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
@@ -247,6 +239,9 @@ FAMILIES: dict[str, tuple[Patch, ...]] = {
     "minimax.modeling_minimax": (("MiniMaxLightningAttention", "forward", recurrent.lightning),),
     "recurrent_gemma.modeling_recurrent_gemma": (("RecurrentGemmaRglru", "_rnn_scan", recurrent.rg_lru),
                                                  ("RecurrentGemmaRecurrentBlock", "forward", recurrent.gemma_block)),
+    "rwkv.modeling_rwkv": (("RwkvSelfAttention", "extract_key_value", recurrent.rwkv_inputs),
+                           ("RwkvFeedForward", "forward", recurrent.rwkv_feed_forward),
+                           ("RwkvModel", "_rescale_layers", recurrent.rwkv_as_stored)),
     "qwen3_5.modeling_qwen3_5": (("Qwen3_5TextRotaryEmbedding", "recomposition_frequencies", _text_only),),
     "qwen3_5_moe.modeling_qwen3_5_moe": (("Qwen3_5MoeTextRotaryEmbedding", "recomposition_frequencies", _text_only),),
     "codegen.modeling_codegen": (("CodeGenAttention", "_attn", _by_hand),),
@@ -267,9 +262,6 @@ def installed(model: Any) -> Iterator[None]:
     _register()
     undo: list[tuple[Any, str, Any]] = []
     files = {type(m).__module__ for m in model.modules()}
-    if unknown := _unknown_functions(files):
-        raise UnsupportedError(f"{type(model).__name__} has recurrent layers that inferloom does not compile yet: "
-                               f"{', '.join(unknown)}")
     before = model.config._attn_implementation, model.config._experts_implementation
     try:
         for file in files:

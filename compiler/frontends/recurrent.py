@@ -21,6 +21,7 @@ _OPS = {
     "linear_attention": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, bool delta) -> Tensor",
     "selective_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
     "linear_recurrence": "(Tensor x, Tensor a) -> Tensor",
+    "wkv": "(Tensor k, Tensor v, Tensor decay, Tensor bonus) -> Tensor",
 }
 
 
@@ -130,8 +131,40 @@ def lightning(self: Any, hidden_states: Tensor, position_embeddings: Any = None,
     return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * out), None
 
 
+def wkv(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Any = None,
+        return_state: bool = False) -> tuple[Tensor, None]:
+    """rwkv_linear_attention: key and value [1, tokens, channels]."""
+    out = torch.ops.inferloom.wkv(key.squeeze(0), value.squeeze(0), -torch.exp(time_decay), time_first)
+    return out.unsqueeze(0), None
+
+
+def _mixed(self: Any, hidden: Tensor, *names: str) -> list[Tensor]:
+    """RWKV's token shift: each of `names` has its own mixture of a token and the one before it."""
+    x = hidden.squeeze(0)
+    ones = torch.ones(1, x.shape[1])
+    before = torch.ops.inferloom.causal_conv1d(x, torch.cat([ones, ones * 0]), None).unsqueeze(0)
+    return [hidden * mix + before * (1 - mix) for mix in (getattr(self, f"time_mix_{name}") for name in names)]
+
+
+def rwkv_inputs(self: Any, hidden: Tensor, state: Any = None) -> tuple[Tensor, Tensor, Tensor, None]:
+    """RwkvSelfAttention.extract_key_value."""
+    key, value, receptance = _mixed(self, hidden, "key", "value", "receptance")
+    return torch.sigmoid(self.receptance(receptance)), self.key(key), self.value(value), None
+
+
+def rwkv_feed_forward(self: Any, hidden: Tensor, state: Any = None) -> tuple[Tensor, None]:
+    """The forward of RwkvFeedForward."""
+    key, receptance = _mixed(self, hidden, "key", "receptance")
+    return torch.sigmoid(self.receptance(receptance)) * self.value(torch.square(torch.relu(self.key(key)))), None
+
+
+def rwkv_as_stored(self: Any) -> None:
+    """RwkvModel._rescale_layers halves weights and activations together, to keep fp16 from overflowing: not here."""
+
+
 #: Module-level functions of modeling files, by name.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": conv1d, "mamba2_chunk_scan": mamba2, "mamba_selective_scan": mamba,
     "torch_chunk_gated_delta_rule": delta_rule, "chunk_kimi_delta_attention": delta_rule,
+    "rwkv_linear_attention": wkv,
 }

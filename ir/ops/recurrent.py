@@ -205,3 +205,34 @@ class LinearRecurrence:
             state = a[t] * state + x[t]
             out[t] = state
         return out, state
+
+
+@recurrence("wkv", ragged=("k", "v"))
+class Wkv:
+    """The attention of RWKV-4 (Peng et al. 2023): for each channel, the mean of v so far, the token before the last
+    weighing exp(k), older ones less by exp(decay) a token, and the token itself exp(k + bonus).
+
+    k, v [tokens, channels], decay (below 0), bonus [channels] -> f32 like k. State: [3, channels], sums of exp(k - top) v and of
+    exp(k - top), and top; without tokens the second is 0.
+    """
+
+    def infer(k: TensorType, v: TensorType, decay: TensorType, bonus: TensorType) -> TensorType:  # type: ignore[misc]
+        if k.rank != 2 or v.shape != k.shape or decay.shape != k.shape[1:] or bonus.shape != k.shape[1:]:
+            raise VerifyError(f"k and v must be [tokens, channels], decay and bonus [channels], got {k}, {v}, {decay}, {bonus}")
+        return TensorType(DType.F32, k.shape)
+
+    def state(k: TensorType, v: TensorType, decay: TensorType, bonus: TensorType) -> RecurrentType:  # type: ignore[misc]
+        return RecurrentType(DType.F32, (3, int(str(k.shape[1]))))
+
+    def scan(state, k, v, decay, bonus):  # type: ignore[no-untyped-def, misc]
+        total, weight, top = np.asarray(state, np.float32)
+        top = np.where(weight > 0, top, np.float32(-1e38))
+        out = np.zeros(k.shape, np.float32)
+        for t in range(len(k)):
+            high = np.maximum(top, k[t] + bonus)
+            old, new = np.exp(top - high), np.exp(k[t] + bonus - high)
+            out[t] = (old * total + new * v[t]) / (old * weight + new)
+            high = np.maximum(top + decay, k[t])
+            old, new = np.exp(top + decay - high), np.exp(k[t] - high)
+            total, weight, top = old * total + new * v[t], old * weight + new, high
+        return out, np.stack([total, weight, top])

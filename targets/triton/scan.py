@@ -58,7 +58,7 @@ class _Scan:
         self.shapes = [dims_of(v) if v is not None else () for v in self.node.operands]
         bodies: dict[str, Callable[[], None]] = {
             "linear_attention": self._linear_attention, "causal_conv1d": self._conv, "selective_scan": self._selective,
-            "linear_recurrence": self._linear}
+            "linear_recurrence": self._linear, "wkv": self._wkv}
         op = self.node.op.removeprefix(PAGED)
         if op not in bodies:
             raise UnsupportedError(f"{self.node.loc}: the GPU target cannot lower {op} yet")
@@ -177,6 +177,30 @@ class _Scan:
             w.line("state = tl.exp(dt[None, :] * a) * state + (dt * x)[None, :] * b[:, None]")
             self.put("j", "tl.sum(state * c[:, None], 0)", mask)
         self.leave("state", "inner", both)
+
+    def _wkv(self) -> None:
+        w, (channels,), mask = self.w, self.shapes[6], self._channels()
+        names = ("total", "weight", "top")
+        for i, name in enumerate(names):
+            self.begin(name, f"{i * channels} + j", mask and f"({mask})")
+        w.line("top = tl.where(weight > 0, top, -1e38)")
+        w.line(f"decay = {self.fixed(6, 'j', mask)}")
+        w.line(f"bonus = {self.fixed(7, 'j', mask)}")
+        with w.block("for t in range(begin, end):"):
+            for name, operand in (("k", 4), ("v", 5)):
+                w.line(f"{name} = {self.row(operand, 'j', mask)}")
+            w.line("high = tl.maximum(top, k + bonus)")
+            w.line("old = tl.exp(top - high)")
+            w.line("new = tl.exp(k + bonus - high)")
+            self.put("j", "(old * total + new * v) / (old * weight + new)", mask)
+            w.line("high = tl.maximum(top + decay, k)")
+            w.line("old = tl.exp(top + decay - high)")
+            w.line("new = tl.exp(k - high)")
+            w.line("total = old * total + new * v")
+            w.line("weight = old * weight + new")
+            w.line("top = high")
+        for i, name in enumerate(names):
+            self.leave(name, f"{i * channels} + j", mask)
 
     def _linear(self) -> None:
         mask = self._channels()

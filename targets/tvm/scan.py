@@ -66,7 +66,8 @@ class _Scan:
             channels = self.shapes[4][1]
             self.lanes = vectors(channels)
             self.parts = channels // self.lanes
-            bodies = {"causal_conv1d": self._conv, "selective_scan": self._selective, "linear_recurrence": self._linear}
+            bodies = {"causal_conv1d": self._conv, "selective_scan": self._selective, "linear_recurrence": self._linear,
+                      "wkv": self._wkv}
             if self.op not in bodies:
                 raise UnsupportedError(f"{self.node.loc}: the CPU target cannot lower {self.op} yet")
             self.body = bodies[self.op]
@@ -200,6 +201,28 @@ class _Scan:
             h = bind(self._row(views, 5, t, first, lanes) * state[lane_of(place, lanes)] + self._row(views, 4, t, first, lanes))
             store(state, h, place, lanes)
             self._put(views, t, first, h, lanes)
+
+    def _wkv(self, views: list[Expr], state: Expr, part: Expr, begin: Expr, end: Expr, past: Expr, read: Expr,
+             write: Expr) -> None:
+        (channels,), lanes = self.shapes[6], self.lanes
+        first = bind(part * lanes)
+        self._load_state(state, past, read, write, first, 3, channels, lanes)
+        places = [bind(write + wide(first + i * channels)) for i in range(3)]
+        decay, bonus = self._fixed(views, 6, first, lanes), self._fixed(views, 7, first, lanes)
+        with T.serial(begin, end) as t:
+            k, v = self._row(views, 4, t, first, lanes), self._row(views, 5, t, first, lanes)
+            total, weight, top = (bind(state[lane_of(place, lanes)]) for place in places)
+            top = bind(T.Select(weight > number(0.0, lanes), top, number(-1e38, lanes)))
+
+            def joined(top: Expr, own: Expr) -> tuple[Expr, Expr, Expr]:
+                high = bind(T.max(top, own))
+                old, new = vmath.exp(bind(top - high), lanes), vmath.exp(bind(own - high), lanes)
+                return bind(old * total + new * v), bind(old * weight + new), high
+
+            over, under, _ = joined(top, bind(k + bonus))
+            self._put(views, t, first, over / under, lanes)
+            for place, x in zip(places, joined(bind(top + decay), k)):
+                store(state, x, place, lanes)
 
     def _conv(self, views: list[Expr], state: Expr, part: Expr, begin: Expr, end: Expr, past: Expr, read: Expr,
               write: Expr) -> None:

@@ -178,14 +178,6 @@ def test_folders_and_lengths_that_are_wrong(tmp_path: Path) -> None:
             huggingface.load(tmp_path, max_model_len=length)
 
 
-def test_what_is_later_work_is_named() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    options = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64}
-    with pytest.raises(UnsupportedError, match="rwkv_linear_attention"):
-        huggingface.trace_config(CONFIG_MAPPING["rwkv"](**options))
-
-
 def test_models_that_cannot_pick_rows_get_them_picked() -> None:
     from inferloom.compiler.frontends import hooks
     from inferloom.compiler.frontends.skeleton import build_skeleton

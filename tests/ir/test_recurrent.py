@@ -70,6 +70,17 @@ def test_linear_recurrence() -> None:
     np.testing.assert_allclose(run("linear_recurrence", x, a), want, rtol=1e-4, atol=1e-4)
 
 
+def test_wkv() -> None:
+    k, v, bonus = rows(5), rows(5), RNG.standard_normal(5).astype(np.float32)
+    decay = -np.abs(RNG.standard_normal(5)).astype(np.float32)
+    want = np.zeros((TOKENS, 5))
+    for i in range(TOKENS):
+        weights = np.exp(np.float64([k[j] + (i - 1 - j) * decay if j < i else k[i] + bonus for j in range(i + 1)]))
+        want[i] = (weights * v[:i + 1]).sum(0) / weights.sum(0)
+    np.testing.assert_allclose(run("wkv", k, v, decay, bonus), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run("wkv", k - 500, v, decay, bonus), want, rtol=1e-3, atol=1e-4)
+
+
 def run(op: str, *operands: np.ndarray | None, **attrs: object) -> np.ndarray:
     (out,) = ops.run_reference(op, operands, ops.get(op).check_attrs(attrs | {"slot": 0}))
     assert isinstance(out, np.ndarray)
@@ -80,6 +91,7 @@ OPERANDS: dict[str, tuple[tuple[np.ndarray | None, ...], dict[str, object]]] = {
     "causal_conv1d": ((rows(5), RNG.standard_normal((4, 5)).astype(np.float32), None), {}),
     "linear_attention": ((rows(2, 6), rows(2, 6), rows(4, 3), -np.abs(rows(4)), rows(4)), {"delta": True}),
     "selective_scan": ((rows(5), np.abs(rows(5)), -np.ones((3, 5), np.float32), rows(3), rows(3)), {}),
+    "wkv": ((rows(5), rows(5), -np.ones(5, np.float32), np.ones(5, np.float32)), {}),
     "linear_recurrence": ((rows(5), np.abs(rows(5)) * 0.5), {}),
 }
 

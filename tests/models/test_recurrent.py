@@ -14,7 +14,7 @@ from tests import zoo
 from tests.models.test_architectures import _greedy, reference
 
 QUICK = {"bamba", "recurrent_gemma"}
-HYBRIDS = [name for name in zoo.RECURRENT if name not in ("mamba", "mamba2")]
+HYBRIDS = [name for name in zoo.RECURRENT if name not in ("mamba", "mamba2", "rwkv")]
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.RECURRENT])
