@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from inferloom.compiler.frontends.aten import Importer, Known, Traced, lowers
-from inferloom.compiler.frontends.aten_moves import axis_of
+from inferloom.compiler.frontends.aten_moves import axis_of, everywhere
 from inferloom.compiler.frontends.aten_parts import Filled
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.types import DType
@@ -41,6 +41,8 @@ def topk(im: Importer, x: Any, k: int, axis: int = -1, largest: bool = True, sor
 @lowers("aten.gather.default")
 def gather(im: Importer, x: Any, axis: int, places: Any) -> Traced:
     """Elements of the last axis, or rows of a known table [1, n, width] where all of a row's places are one index."""
+    if isinstance(x, Known) and isinstance(places, Traced) and (x.tensor == x.tensor.reshape(-1)[0]).all():
+        return everywhere(im, x.tensor.reshape(-1)[0].item(), places)
     x, places = im.traced(x), im.traced(places)
     axis = axis_of(x, axis)
     if axis == len(x.shape) - 1 and x.shape[:-1] == places.shape[:-1] and x.token_axis is not None:

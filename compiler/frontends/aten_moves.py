@@ -7,6 +7,7 @@ from typing import Any
 from inferloom.compiler.frontends.aten import DTYPES, Importer, Traced, lowers
 from inferloom.compiler.frontends.layout import Merged
 from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.types import DType, TensorType
 
 END = 2**62
 
@@ -226,6 +227,24 @@ def repeat(im: Importer, x: Any, repeats: Any) -> Traced:
     if any(n != 1 and d != 1 for n, d in zip(repeats[shift:], x.shape)):
         raise UnsupportedError(f"repeat of {x.type} by {repeats}")
     return expand(im, x)
+
+
+def everywhere(im: Importer, number: float, like: Traced) -> Traced:
+    """One integer for each element of an integer tensor that depends on tokens."""
+    none = im.emit("mul", like.value, im.number(0, DType.I32))
+    return Traced(im.emit("add", none, im.number(number, DType.I32)), like.shape, like.axes)
+
+
+@lowers("aten.arange.default", "aten.arange.start")
+def arange(im: Importer, start: Any, end: Any = None, **kwargs: Any) -> Traced:
+    """As many numbers as there are tokens: those are the positions."""
+    (tokens,) = im.result_shape
+    first = 0 if end is None else start
+    position = im.builder.inputs[1]
+    if not isinstance(first, int) or not isinstance(position.type, TensorType) or position.type.shape != (tokens,):
+        raise UnsupportedError("a range of numbers that is neither known nor as long as the sequence")
+    value = im.emit("add", position, im.number(first, DType.I32)) if first else position
+    return Traced(value, im.result_shape, (0,))
 
 
 @lowers("aten.embedding.default")

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferloom.compiler.frontends.aten import Importer, Special, Traced, lowers
-from inferloom.compiler.frontends.aten_moves import END, axis_of, expand, join, select, slice_, view
+from inferloom.compiler.frontends.aten_moves import (
+    END,
+    axis_of,
+    embedding,
+    everywhere,
+    expand,
+    join,
+    select,
+    slice_,
+    view,
+)
 from inferloom.compiler.frontends.aten_ops import mul
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.types import Shape
+from inferloom.ir.types import Shape, TensorType
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +47,8 @@ class Complex(Special):
     imag: Traced
 
 
-@lowers("aten.zeros_like.default", "aten.new_zeros.default", "aten.ones_like.default", "aten.new_empty.default",
-        "aten.empty_like.default")
+@lowers("aten.zeros.default", "aten.ones.default", "aten.zeros_like.default", "aten.empty_like.default",
+        "aten.new_zeros.default", "aten.ones_like.default", "aten.new_empty.default")
 def filled(im: Importer, *args: Any, **kwargs: Any) -> Filled:
     name = str(im.node.target)  # type: ignore[union-attr]
     return Filled(0.0 if "zeros" in name else 1.0 if "ones" in name else None, im.result_shape)
@@ -47,6 +57,24 @@ def filled(im: Importer, *args: Any, **kwargs: Any) -> Filled:
 @lowers("aten.slice.Tensor")
 def slice_any(im: Importer, x: Any, *args: Any, **kwargs: Any) -> Any:
     return Filled(None, im.result_shape) if isinstance(x, (Filled, Written)) else slice_(im, x, *args, **kwargs)
+
+
+@lowers("aten.expand.default")
+def expand_any(im: Importer, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return Filled(x.number, im.result_shape) if isinstance(x, Filled) else expand(im, x)
+
+
+@lowers("aten.embedding.default")
+def embedding_any(im: Importer, table: Any, ids: Any, *args: Any, **kwargs: Any) -> Traced:
+    """Where all ids are one number, such as a token type that nobody gives."""
+    if isinstance(ids, Filled) and ids.number is not None:
+        position = im.builder.inputs[1]
+        shape = tuple(d for d in ids.shape if d != 1)
+        if not isinstance(position.type, TensorType) or shape != position.type.shape:
+            raise UnsupportedError(f"an embedding of {ids.shape} equal numbers")
+        axis = next(i for i, d in enumerate(ids.shape) if not isinstance(d, int))
+        ids = everywhere(im, ids.number, Traced(position, ids.shape, (axis,)))
+    return embedding(im, table, ids)
 
 
 @lowers("aten.copy.default")

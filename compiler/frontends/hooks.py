@@ -133,6 +133,15 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     return (down * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
+def _after_padding(forward: Any) -> Any:
+    """RoBERTa's embeddings count positions from the one after the padding's, unless they are given."""
+
+    def moved(self: Any, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+        return forward(self, *args, position_ids=position_ids + (self.padding_idx + 1), **kwargs)
+
+    return moved
+
+
 def _bloom(self: Any, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
@@ -277,6 +286,9 @@ def installed(model: Any) -> Iterator[None]:
                     owner = getattr(sys.modules[name], owner_name) if owner_name else sys.modules[name]
                     undo.append((owner, attribute, vars(owner)[attribute]))
                     setattr(owner, attribute, new)
+        for owner in {type(m) for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")}:
+            undo.append((owner, "forward", vars(owner)["forward"]))
+            setattr(owner, "forward", _after_padding(owner.forward))
         _set_implementation(model, NAME, NAME)
         yield
     finally:
