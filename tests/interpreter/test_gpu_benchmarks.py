@@ -75,9 +75,9 @@ def run(section: Callable[..., None], gpu: MockedGpu, folder: Path, quick: bool 
 
 
 def test_matmul(gpu: MockedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "ROWS", (1, 16, 70, 300))
+    monkeypatch.setattr(shapes, "ROWS", (1, 40, 70, 300))
     made = run(products.matmul, gpu, tmp_path)
-    assert [c["parameters"]["m"] for c in made["cases"]] == [1, 16, 70, 300]
+    assert [c["parameters"]["m"] for c in made["cases"]] == [1, 40, 70, 300]
     assert all("us" in c["peers"]["cublas"] for c in made["cases"])
     assert sum(len(c["candidates"]) for c in made["cases"]) > len(made["cases"])
     entries = report.tuned(made["cases"])
