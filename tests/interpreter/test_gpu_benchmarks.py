@@ -20,7 +20,7 @@ from tests.runtime.toy_gpu import Mock, mock
 TINY = shapes.Model("tiny", "LlamaConfig", shapes.LLAMA_1B.arguments | {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "vocab_size": 300, "max_position_embeddings": 512})
-JOB = replace(shapes.FULL, models=(TINY,), linears=(shapes.Linear(96, 160),), heads=(shapes.Heads(4, 2, 64),), variants=1,
+JOB = replace(shapes.FULL, models=(TINY,), linears=(shapes.Linear(96, 544),), heads=(shapes.Heads(4, 2, 64),), variants=1,
               limits={"max_tokens": 64, "max_seqs": 16, "max_model_len": 256, "block_tokens": 32})
 
 
@@ -75,13 +75,13 @@ def run(section: Callable[..., None], gpu: MockedGpu, folder: Path, quick: bool 
 
 
 def test_matmul(gpu: MockedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "ROWS", (1, 16, 70, 300))
+    monkeypatch.setattr(shapes, "ROWS", (1, 40, 70, 300))
     made = run(products.matmul, gpu, tmp_path)
-    assert [c["parameters"]["m"] for c in made["cases"]] == [1, 16, 70, 300]
+    assert [c["parameters"]["m"] for c in made["cases"]] == [1, 40, 70, 300]
     assert all("us" in c["peers"]["cublas"] for c in made["cases"])
     assert sum(len(c["candidates"]) for c in made["cases"]) > len(made["cases"])
     entries = report.tuned(made["cases"])
-    assert {(e["op"], e["n"], e["k"], e["dtype"]) for e in entries} == {("matmul", 96, 160, "bf16")} and len(entries) == 4
+    assert {(e["op"], e["n"], e["k"], e["dtype"]) for e in entries} == {("matmul", 96, 544, "bf16")} and len(entries) == 4
 
 
 def test_attention(gpu: MockedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
