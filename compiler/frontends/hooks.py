@@ -288,7 +288,7 @@ def installed(model: Any) -> Iterator[None]:
                     setattr(owner, attribute, new)
         for owner in {type(m) for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")}:
             undo.append((owner, "forward", vars(owner)["forward"]))
-            setattr(owner, "forward", _after_padding(owner.forward))
+            owner.forward = _after_padding(owner.forward)
         _set_implementation(model, NAME, NAME)
         yield
     finally:

@@ -206,5 +206,7 @@ def _reduces(node: Node) -> tuple[int, int] | None:
     if node.op not in REDUCTIONS or node.operands[0] is None or first_of_row(node):
         return None
     shape, axes = dims_of(node.operands[0]), node.attrs.get("axes")
+    if isinstance(axes, tuple) and max(int(str(a)) for a in axes) < len(shape):  # refused where it is lowered
+        return None
     inner = prod(shape[len(shape) - (len(axes) if isinstance(axes, tuple) else 1):])
     return prod(shape) // inner, inner

@@ -245,7 +245,7 @@ class Values:
     def _unrolled(self, node: Node, x: Value, outer: Sequence[Index], axes: int) -> list[str]:
         """The elements of x over its last axes, one by one, at a tile of outer indices."""
         inner = dims_of(x)[len(dims_of(x)) - axes:]
-        if prod(inner) > UNROLLED:
+        if prod(inner) > UNROLLED or self.override:
             raise UnsupportedError(f"{node.loc}: {node.op} over {prod(inner)} elements, within a tile of several such parts")
         return [self.at(x, [*outer, *self.w.unflatten(Index(const=i), inner)]) for i in range(prod(inner))]
 

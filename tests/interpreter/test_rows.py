@@ -112,10 +112,10 @@ def test_what_cannot_be_lowered_names_its_line(tmp_path: Path) -> None:
     def power(b: Builder) -> Sequence[Value]:
         return [b.emit("pow", b.input("x", tensor(TOKENS, 8)), b.scalar(1.5), loc="model.py:12")]
 
-    def leading(b: Builder) -> Sequence[Value]:
-        return [b.emit("sum", b.input("x", tensor(TOKENS, 4, 8)), axes=(1,), loc="model.py:3")]
+    def middle(b: Builder) -> Sequence[Value]:
+        return [b.emit("sum", b.input("x", tensor(TOKENS, 4, 8, 3)), axes=(2,), loc="model.py:3")]
 
     with pytest.raises(UnsupportedError, match="model.py:12.*pow"):
         Kernels("row", {"k": power}, tmp_path)
     with pytest.raises(UnsupportedError, match="model.py:3.*trailing"):
-        Kernels("row", {"k": leading}, tmp_path)
+        Kernels("row", {"k": middle}, tmp_path)
