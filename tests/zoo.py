@@ -122,6 +122,13 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", _GATED | {"layer_types": ["conv", "full_attention"]}),
 }
 ZOO |= RECURRENT
+#: Decoders of families that mostly are encoders: token types, positions that begin after the padding's.
+ZOO |= {
+    "roberta": ("roberta", _BASE | {"intermediate_size": 96, "is_decoder": True}),
+    "bart": ("bart", {"vocab_size": 131, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4,
+                      "decoder_ffn_dim": 96, "max_position_embeddings": 256, "is_encoder_decoder": False,
+                      "is_decoder": True, "num_hidden_layers": 2}),
+}
 #: Families that need no options of their own.
 ZOO |= {name: (name, _GATED | {"head_dim": 16}) for name in (
     "olmo", "olmo3", "exaone4", "helium", "nemotron", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "glm", "phi",
