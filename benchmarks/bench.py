@@ -108,7 +108,8 @@ class _Bench:
         llm.close()
         return {"artifact": self.artifact.name, "model": self.manifest["model"], "chip": self.manifest["chip"],
                 "versions": self.manifest["versions"], "machine": describe(), "threads": self.threads,
-                "time": started, "weight_bytes_per_step": self.cost.bytes, "flops_per_token": self.cost.flops_per_token,
+                "time": started, "weight_bytes_per_step": round(self.cost.bytes_of(1)),
+                "flops_per_token": self.cost.flops_per_token,
                 "metrics": [{name: getattr(m, name) for name in Metric.__slots__} for m in self.metrics]}
 
     def _prompt(self, length: int) -> list[int]:
@@ -146,7 +147,7 @@ class _Bench:
 
     def _decode_ratio(self, batch: int, value: float, ceiling: dict[str, float]) -> tuple[float, str]:
         """Against the roofline: a step takes at least its reading time, and at least its computing time."""
-        reading = self.cost.bytes / (_bandwidth(ceiling) * 1e9)
+        reading = self.cost.bytes_of(batch) / (_bandwidth(ceiling) * 1e9)
         computing = batch * (self.cost.flops_per_token + self.cost.flops_per_row) / (self._peak(ceiling) * 1e9)
         bound = "read bandwidth" if reading >= computing else "arithmetic peak"
         return value / batch * max(reading, computing), bound

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from inferloom.ir.graph import Node
-from inferloom.ir.types import DType
+from inferloom.ir.graph import Graph, Node
+from inferloom.ir.types import DType, TensorType
 from inferloom.targets.chips import Chip
 
 Progress = Callable[[str], None]
@@ -104,6 +104,16 @@ class Launch:
     shared: int
     least: int
     most: int
+
+
+def expert_counts(source: KernelSource) -> dict[str, int]:
+    """How many experts an "experts" kernel has weights of, and how many of them each token chooses."""
+    body = source.node.attrs["body"]
+    node = next(n for n in body.nodes if n.op == "packed_expert_linear") if isinstance(body, Graph) else source.node
+    experts, choice = (v.type for v in node.operands[1:3] if v is not None)
+    if not isinstance(experts, TensorType) or not isinstance(choice, TensorType):
+        raise TypeError(node)
+    return {"experts": int(str(experts.shape[0])), "choices": int(str(choice.shape[1]))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import inferloom
 from inferloom.benchmarks import machine
 from inferloom.benchmarks.bench import bench
 from inferloom.benchmarks.cost import step_cost
 from inferloom.errors import InferloomError
+from tests import zoo
 
 
 def test_step_cost_counts_matmuls(tiny_artifact: Path) -> None:
@@ -21,6 +23,16 @@ def test_step_cost_counts_matmuls(tiny_artifact: Path) -> None:
     assert cost.flops_per_token == 2 * 2 * layer
     assert cost.flops_per_row == 2 * head
     assert cost.bytes == 4 * (2 * layer + head)
+
+
+def test_step_cost_counts_the_experts_that_are_chosen(tmp_path: Path) -> None:
+    """hidden 64, 8 experts of 32 of which a token has 3; heads as above, two layers."""
+    zoo.build("qwen3_moe").save_pretrained(tmp_path / "model")
+    cost = step_cost(inferloom.compile(tmp_path / "model", dtype="fp32", out=tmp_path / "fp32", max_tokens=32, max_seqs=4))
+    stored = 2 * 8 * 4 * (64 * 64 + 64 * 32)  # gate and up together, then down; fp32
+    assert all(e[1:] == (8, 3) for e in cost.experts) and sum(size for size, _, _ in cost.experts) == stored
+    assert cost.bytes_of(1) - cost.bytes == pytest.approx(3 / 8 * stored)
+    assert cost.bytes_of(1000) - cost.bytes == pytest.approx(stored)
 
 
 def test_bench_measures(tiny_artifact: Path) -> None:

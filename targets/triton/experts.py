@@ -9,7 +9,7 @@ from __future__ import annotations
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
 from inferloom.ir.types import TensorType
-from inferloom.targets.base import KernelSource
+from inferloom.targets.base import KernelSource, expert_counts
 from inferloom.targets.triton.source import KernelText, Writer, next_power_of_2
 from inferloom.targets.triton.values import TL_TYPES, dims_of, parameter_type, row_dim, wide_parameters
 
@@ -66,7 +66,7 @@ def lower(source: KernelSource, number: int) -> KernelText:
     parameters = [*((f"p{i}", parameter_type(v)) for i, v in enumerate(values)), ("dims", "*i32")]
     return KernelText(source.symbol, "experts", number, tuple(w.lines), tuple(parameters), (*range(len(values)), "dims"),
                       (row_dim(body.outputs), 1, choices * blocks), {"num_warps": 4, "num_stages": 3},
-                      wide=wide_parameters(values, source.layouts))
+                      wide=wide_parameters(values, source.layouts), notes=expert_counts(source))
 
 
 def _value(value: Value | None) -> Value:

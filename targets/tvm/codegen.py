@@ -8,7 +8,7 @@ from typing import Any
 
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.types import DType
-from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress
+from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress, expert_counts
 from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared
 from inferloom.targets.tvm import attention, experts, matmul, rows, scan
@@ -39,7 +39,7 @@ class CpuTarget:
         """Generate, compile and link all kernels of an artifact."""
         chip = self.chip
         isa = CpuIsa(chip.matmul_rows, chip.matmul_vectors, chip.matmul_k_slice, chip.bf16_dot)
-        functions, infos = {}, []
+        functions, infos = {}, list[KernelInfo]()
         for number, source in enumerate(sources):
             kind = str(source.node.attrs["kind"])
             if kind == "row":
@@ -55,6 +55,7 @@ class CpuTarget:
             else:
                 raise UnsupportedError(f"the CPU target has no kernels of kind {kind!r}")
             functions[source.symbol] = fn
-            infos.append(KernelInfo(source.symbol, kind, number, grid, args))
+            facts = expert_counts(source) if kind == "experts" else {}
+            infos.append(KernelInfo(source.symbol, kind, number, grid, args, resources=facts))
         data = link_shared([compile_object(functions, chip.tvm_target)], [STEPPER], chip.triple)
         return CompiledModule({"kernels/kernels.so": data}, tuple(infos), (Q_TILE, 0))
