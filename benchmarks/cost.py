@@ -31,7 +31,8 @@ class Cost:
 def step_cost(artifact: Path) -> Cost:
     """Adds up the weights of matmul kernels, and of experts that are chosen.
 
-    Embeddings are gathered row by row and count as nothing."""
+    Embeddings are gathered row by row and count as nothing.
+    """
     manifest = json.loads((artifact / "manifest.json").read_text())
     tensors = _tensors(artifact / manifest["weights"]["file"])
     itemsize = {"fp32": 4, "bf16": 2}[manifest["model"]["dtype"]]
