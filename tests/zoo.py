@@ -82,6 +82,7 @@ ZOO |= {
     "granitemoe": ("granitemoe", _GATED | {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "glm4_moe": ("glm4_moe", _EXPERTS | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
                                          "first_k_dense_replace": 1}),
+    "phimoe": ("phimoe", _GATED | {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "dots1_groups": ("dots1", _EXPERTS | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
                                    "first_k_dense_replace": 1}),
 }

@@ -341,6 +341,7 @@ class Values:
 
     def _take(self, node: Node, index: list[Index]) -> str:
         x, places = (_required(v) for v in node.operands)
+        index = self._broadcast(places, index)
         name = self.at(places, index)
         moved = self.w.variable(name, dims_of(x)[-1], self.w.mask(index), any(self.w.is_tile(i) for i in index))
         return self.at(x, [*index[:-1], moved])
