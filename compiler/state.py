@@ -85,7 +85,7 @@ class StatePlan:
 def plan_state(needs: Sequence[Need]) -> StatePlan:
     """Group the needs and choose the size of a block that wastes least.
 
-    >>> plan_state([Need(64), Need(64)]).page
+    >>> plan_state([Need(64), Need(64)]).block
     128
     >>> made = plan_state([Need(64, WINDOW, 32)] * 3 + [Need(64)])
     >>> made.block, [(g.kind, list(g.tables)) for g in made.groups]

@@ -61,6 +61,21 @@ VARIANT = Variant("falling", apply)
     assert "7 of 7 pages" in results["cpu: pages"].text
 
 
+def test_passes_over_the_graph(tmp_path: Path) -> None:
+    body = """
+from inferloom.ir.graph import rewrite
+def run(graph, report):
+    def visit(builder, node, operands):
+        if node.op != "attention":
+            return None
+        return builder.emit_node("attention", operands, dict(node.attrs) | {"window": 20}, node.loc).results
+    return rewrite(graph, visit)
+"""
+    results = {r.name: r for r in check_pass(write(tmp_path, body), gpu=False, speed=False)}
+    assert all(r.ok in (True, None) for r in results.values())
+    assert "reads 2 of 7 pages; 2 hold" in results["cpu: pages"].text
+
+
 @pytest.mark.parametrize(("body", "message"), [
     ("VARIANT = 3", "VARIANT must be"), ("x = 1", "neither VARIANT nor run"), ("raise ValueError('no')", "ValueError: no"),
     ("def f(:", "SyntaxError")])
