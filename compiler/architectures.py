@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def document(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The results of breadth.py as one document; models that transformers itself cannot make small are left out."""
     made = [_entry(e) for e in sorted(entries, key=lambda e: str(e["name"])) if "class" in e]
     left = {str(e["name"]): str(e["model"]) for e in entries if "class" not in e}
-    return {"architectures": [asdict(a) for a in made], "without_a_small_model": dict(sorted(left.items()))}
+    return {"transformers": version("transformers"), "architectures": [asdict(a) for a in made],
+            "without_a_small_model": dict(sorted(left.items()))}
 
 
 def _entry(entry: Mapping[str, Any]) -> Architecture:
@@ -58,15 +60,16 @@ def load() -> list[Architecture]:
 
 def render() -> str:
     """docs/models.md."""
-    known = load()
+    known, made_with = load(), json.loads(FILE.read_text())["transformers"]
     counts = ", ".join(f"{sum(getattr(a, mark) for a in known)} {text}" for mark, text in (
         ("traces", "trace"), ("fp32", "give transformers' logits in fp32 on the CPU"), ("nvidia", "compile for an H100"),
         ("amd", "compile for an MI300X")))
     lines = [
         "# Models", "",
         "<!-- Written by `python -m inferloom.compiler.architectures docs/models.md`. -->", "",
-        "Every architecture that transformers loads as a causal language model, as a small random model in the shape of its",
-        f"defaults: of {len(known)}, {counts}.", "`benchmarks/breadth.py` measures this; `inferloom models` prints it.", "",
+        f"Every architecture that transformers {made_with} loads as a causal language model, as a small random model in the",
+        f"shape of its defaults: of {len(known)}, {counts}.",
+        "`benchmarks/breadth.py` measures this; `inferloom models` prints it.", "",
         "fp32: the largest error of a logit against transformers, relative to the logits' standard deviation, of single",
         "sequences and of a ragged batch through chunked prefill and decode; a yes is at most 1e-3.", "",
         "| architecture | traces | fp32 | CPU | NVIDIA | AMD | state | why not |", "|" + " --- |" * 8]
