@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node
 from inferloom.ir.types import DType, TensorType
 from inferloom.targets.chips import Chip
@@ -106,10 +107,21 @@ class Launch:
     most: int
 
 
+def expert_linear_of(source: KernelSource) -> tuple[Graph, Node]:
+    """The body of an "experts" kernel, and its linear layer. UnsupportedError when more than views and casts follow it."""
+    body = source.node.attrs["body"]
+    if not isinstance(body, Graph):
+        raise TypeError(body)
+    (node,) = (n for n in body.nodes if n.op == "packed_expert_linear")
+    for other in body.nodes:
+        if other is not node and other.op not in ("cast", "reshape"):
+            raise UnsupportedError(f"{other.loc}: {other.op} cannot follow a linear layer of experts in one kernel")
+    return body, node
+
+
 def expert_counts(source: KernelSource) -> dict[str, int]:
     """How many experts an "experts" kernel has weights of, and how many of them each token chooses."""
-    body = source.node.attrs["body"]
-    node = next(n for n in body.nodes if n.op == "packed_expert_linear") if isinstance(body, Graph) else source.node
+    node = expert_linear_of(source)[1]
     experts, choice = (v.type for v in node.operands[1:3] if v is not None)
     if not isinstance(experts, TensorType) or not isinstance(choice, TensorType):
         raise TypeError(node)

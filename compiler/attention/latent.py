@@ -25,6 +25,7 @@ NAME = "absorb-latent"
 def run(graph: Graph, report: Report | None = None) -> Graph:
     report = report or Report()
     positions = next((v for v in graph.inputs if v.name == "positions"), None)
+    numbers: dict[int, Value] = {}
 
     def absorb(r: Rewriter, node: Node) -> Value | None:
         if node.op != "attention" or positions is None:
@@ -60,9 +61,11 @@ def run(graph: Graph, report: Report | None = None) -> Graph:
 
         by_head = r.emit("reshape", weight, shape=(heads, width, rank), loc=loc)
         to_key, to_value = (r.emit("slice", by_head, axis=1, start=a, stop=b, loc=loc) for a, b in (columns[1:], (first, last)))
-        zero = r.emit("mul", positions, r.emit("constant", value=0, dtype=DType.I32), loc=loc)
-        numbers = r.emit("iota", size=heads, loc=loc)
-        head = r.emit("add", r.emit("reshape", zero, shape=(tokens, 1), loc=loc), numbers, loc=loc)
+        if heads not in numbers:  # one for all layers
+            zero = r.emit("mul", positions, r.emit("constant", value=0, dtype=DType.I32), loc=loc)
+            column = r.emit("reshape", zero, shape=(tokens, 1), loc=loc)
+            numbers[heads] = r.emit("add", column, r.emit("iota", size=heads, loc=loc), loc=loc)
+        head = numbers[heads]
         split = columns[2] - columns[1]
         # The query's columns are in the order of the key's.
         ours, others = ((0, split), (split, k_dim)) if own == 0 else ((rope, k_dim), (0, rope))

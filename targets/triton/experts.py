@@ -7,9 +7,9 @@ its tokens (from the cache, if they fit it), and does not use the matrix unit.
 from __future__ import annotations
 
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.graph import Graph, Value
+from inferloom.ir.graph import Value
 from inferloom.ir.types import TensorType
-from inferloom.targets.base import KernelSource, expert_counts
+from inferloom.targets.base import KernelSource, expert_counts, expert_linear_of
 from inferloom.targets.triton.source import KernelText, Writer, next_power_of_2
 from inferloom.targets.triton.values import TL_TYPES, dims_of, parameter_type, row_dim, wide_parameters
 
@@ -18,13 +18,7 @@ COLUMNS, DEPTH = 64, 64
 
 def lower(source: KernelSource, number: int) -> KernelText:
     """The text of an "experts" kernel."""
-    body = source.node.attrs["body"]
-    if not isinstance(body, Graph):
-        raise TypeError(body)
-    (node,) = (n for n in body.nodes if n.op == "packed_expert_linear")
-    for other in body.nodes:
-        if other is not node and other.op not in ("cast", "reshape"):
-            raise UnsupportedError(f"{other.loc}: {other.op} cannot follow a linear layer of experts in one kernel")
+    body, node = expert_linear_of(source)
     x, packed, choice, *bias = node.operands
     n, k = int(str(node.attrs["n"])), int(str(node.attrs["k"]))
     _, ldw, tile, pair = dims_of(_value(packed))[1:]

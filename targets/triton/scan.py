@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.graph import Graph
-from inferloom.ir.ops.recurrent import PAGED
-from inferloom.ir.types import STATES, DType
 from inferloom.targets.base import KernelSource
+from inferloom.targets.recurrence import Recurrence
 from inferloom.targets.triton.source import KernelText, Writer, next_power_of_2
 from inferloom.targets.triton.values import dims_of, parameter_type, wide_parameters
 
@@ -42,28 +40,18 @@ def lower(source: KernelSource, number: int) -> KernelText:
                       wide=wide_parameters(values, source.layouts))
 
 
-class _Scan:
+class _Scan(Recurrence):
     def __init__(self, source: KernelSource) -> None:
-        body = source.node.attrs["body"]
-        if not isinstance(body, Graph):
-            raise TypeError(body)
-        (self.node,) = body.nodes
-        self.w, self.layouts, self.inputs = Writer(), source.layouts, body.inputs
-        (self.out,) = (v for v in body.outputs if not isinstance(v.type, STATES))
-        self.at = [None if v is None else body.inputs.index(v) for v in self.node.operands]
-        state = body.inputs[self.place(0)].type
-        if not isinstance(state, STATES) or state.dtype is not DType.F32:
-            raise UnsupportedError(f"{self.node.loc}: recurrent state other than f32")
-        self.stride = source.layouts[self.place(0)].block_stride // 4
+        super().__init__(source)
+        self.w = Writer()
         self.shapes = [dims_of(v) if v is not None else () for v in self.node.operands]
         bodies: dict[str, Callable[[], None]] = {
             "linear_attention": self._linear_attention, "causal_conv1d": self._conv, "selective_scan": self._selective,
             "linear_recurrence": self._linear, "wkv": self._wkv}
-        op = self.node.op.removeprefix(PAGED)
-        if op not in bodies:
-            raise UnsupportedError(f"{self.node.loc}: the GPU target cannot lower {op} yet")
-        self.body = bodies[op]
-        if op == "linear_attention":
+        if self.op not in bodies:
+            raise UnsupportedError(f"{self.node.loc}: the GPU target cannot lower {self.op} yet")
+        self.body = bodies[self.op]
+        if self.op == "linear_attention":
             (_, dk), (heads, dv) = self.shapes[4], self.shapes[6]
             self.columns = min(next_power_of_2(dv), max(1, HELD // next_power_of_2(dk)))
             self.blocks = -(-dv // self.columns)
@@ -75,17 +63,8 @@ class _Scan:
 
     # -- operands
 
-    def place(self, operand: int) -> int:
-        found = self.at[operand]
-        if found is None:
-            raise TypeError(self.node)
-        return found
-
     def name(self, operand: int) -> str:
         return f"p{self.place(operand)}"
-
-    def given(self, operand: int) -> bool:
-        return operand < len(self.at) and self.at[operand] is not None
 
     def row(self, operand: int, column: str, mask: str = "") -> str:
         """Elements of an operand's row of token t, as float32."""
@@ -96,7 +75,7 @@ class _Scan:
         return f"tl.load({self.name(operand)} + {index}{f', mask={mask}, other=0' if mask else ''}).to(tl.float32)"
 
     def put(self, column: str, value: str, mask: str) -> None:
-        at = f"p{len(self.inputs)} + t * {self.layouts[len(self.inputs)].ld} + {column}"
+        at = f"p{self.result} + t * {self.layouts[self.result].ld} + {column}"
         self.w.line(f"tl.store({at}, {value}{f', mask={mask}' if mask else ''})")
 
     def begin(self, name: str, index: str, mask: str) -> None:
@@ -116,7 +95,7 @@ class _Scan:
         w.line(f"i = tl.arange(0, {rows})")
         w.line(f"j = tl.arange(0, {self.columns})" + (f" + part % {self.blocks} * {self.columns}" if self.blocks > 1 else ""))
         deep, broad = f"i < {dk}" if rows != dk else "", f"j < {dv}" if dv % self.columns else ""
-        mask = " & ".join(m for m in (f"({deep})[:, None]" if deep else "", f"({broad})[None, :]" if broad else "") if m)
+        mask = _both(deep, broad)
         w.line(f"inner = head * {dk * dv} + i[:, None] * {dv} + j[None, :]")
         w.line(f"group = {'head' if groups == heads else f'head * {groups} // {heads}'}")
         self.begin("state", "inner", mask)
@@ -165,7 +144,7 @@ class _Scan:
         mask, rows = self._channels(), next_power_of_2(n)
         w.line(f"i = tl.arange(0, {rows})")
         deep = f"i < {n}" if rows != n else ""
-        both = " & ".join(m for m in (f"({deep})[:, None]" if deep else "", f"({mask})[None, :]" if mask else "") if m)
+        both = _both(deep, mask)
         w.line(f"inner = i[:, None] * {channels} + j[None, :]")
         w.line(f"a = {self.fixed(6, 'inner', both)}")
         self.begin("state", "inner", both)
@@ -209,3 +188,8 @@ class _Scan:
             self.w.line(f"state = {self.row(5, 'j', mask)} * state + {self.row(4, 'j', mask)}")
             self.put("j", "state", mask)
         self.leave("state", "j", mask)
+
+
+def _both(rows: str, columns: str) -> str:
+    """The mask of a tile from those of its rows and of its columns."""
+    return " & ".join(m for m in (f"({rows})[:, None]" if rows else "", f"({columns})[None, :]" if columns else "") if m)

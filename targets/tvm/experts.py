@@ -13,9 +13,9 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.graph import Graph, Value
+from inferloom.ir.graph import Value
 from inferloom.ir.types import DType, TensorType
-from inferloom.targets.base import Grid, KernelSource
+from inferloom.targets.base import Grid, KernelSource, expert_linear_of
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, store, wide
 from inferloom.targets.tvm.isa import CpuIsa
@@ -34,13 +34,7 @@ def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str
 
 class _Experts(Blocks):
     def __init__(self, source: KernelSource, isa: CpuIsa) -> None:
-        body = source.node.attrs["body"]
-        if not isinstance(body, Graph):
-            raise TypeError(body)
-        (node,) = (n for n in body.nodes if n.op == "packed_expert_linear")
-        for other in body.nodes:
-            if other is not node and other.op not in ("cast", "reshape"):
-                raise UnsupportedError(f"{other.loc}: {other.op} cannot follow a linear layer of experts in one kernel")
+        body, node = expert_linear_of(source)
         x, packed, choice, *bias = node.operands
         self.n, k = int(str(node.attrs["n"])), int(str(node.attrs["k"]))
         self.experts, self.tiles, self.steps, _, self.pair = (int(str(d)) for d in _type(packed).shape)

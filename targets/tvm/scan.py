@@ -13,9 +13,10 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.graph import Graph, Value
-from inferloom.ir.types import STATES, DType, TensorType
+from inferloom.ir.graph import Value
+from inferloom.ir.types import DType, TensorType
 from inferloom.targets.base import Grid, KernelSource
+from inferloom.targets.recurrence import Recurrence
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import (
     LANES,
@@ -41,24 +42,12 @@ def lower(source: KernelSource) -> tuple[Any, Grid, tuple[int | str, ...]]:
     return (kernel(source.symbol, made.signature, made.emit), Grid(SEQS, 1, made.parts), tuple(a for a, _ in made.signature))
 
 
-class _Scan:
+class _Scan(Recurrence):
     def __init__(self, source: KernelSource) -> None:
-        body = source.node.attrs["body"]
-        if not isinstance(body, Graph):
-            raise TypeError(body)
-        (self.node,) = body.nodes
-        self.op = self.node.op.removeprefix("paged_")
-        self.layouts, self.inputs = source.layouts, body.inputs
-        self.at = [None if v is None else body.inputs.index(v) for v in self.node.operands]
-        outputs = [(len(body.inputs) + i, v) for i, v in enumerate(body.outputs) if not isinstance(v.type, STATES)]
-        ((self.out, _),) = outputs
+        super().__init__(source)
         self.signature: list[tuple[int | str, str]] = [(i, STORAGE[str(v.type.dtype)]) for i, v in (  # type: ignore[union-attr]
-            *enumerate(body.inputs), *outputs)]
+            *enumerate(self.inputs), (self.result, self.out))]
         self.shapes = [_shape(v) for v in self.node.operands]
-        state = self.node.operands[0]
-        self.stride = source.layouts[self.at[0]].block_stride // 4  # type: ignore[index]
-        if state is None or state.type.dtype is not DType.F32:  # type: ignore[union-attr]
-            raise UnsupportedError(f"{self.node.loc}: recurrent state other than f32")
         self.body: Callable[..., None]
         if self.op == "linear_attention":
             self.parts, self.body = self.shapes[6][1], self._linear_attention
@@ -74,7 +63,7 @@ class _Scan:
 
     def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
         views = [*views[:len(self.inputs)], views[-1]]
-        state, starts, lens, pages = (views[self._place(i)] for i in range(4))
+        state, starts, lens, pages = (views[self.place(i)] for i in range(4))
         seq, part = bind(chunk // self.parts), bind(chunk % self.parts)
         begin, end = bind(starts[seq]), bind(starts[seq + 1])
         past = bind(lens[seq] - (end - begin))
@@ -83,29 +72,20 @@ class _Scan:
 
     # -- operands
 
-    def _place(self, operand: int) -> int:
-        place = self.at[operand]
-        if place is None:
-            raise TypeError(self.node)
-        return place
-
-    def _given(self, operand: int) -> bool:
-        return operand < len(self.at) and self.at[operand] is not None
-
     def _row(self, views: list[Expr], operand: int, row: Expr, column: Expr, lanes: int) -> Expr:
         """Elements of an operand's row, as float32."""
-        place = self._place(operand)
+        place = self.place(operand)
         raw = views[place][lane_of(row * self.layouts[place].ld + column, lanes)]
         narrow = self.inputs[place].type.dtype is DType.BF16  # type: ignore[union-attr]
         return bind(vmath.bf16_to_f32(raw, lanes) if narrow else raw)
 
     def _fixed(self, views: list[Expr], operand: int, index: Expr, lanes: int) -> Expr:
-        place = self._place(operand)
+        place = self.place(operand)
         raw = views[place][lane_of(index, lanes)]
         return bind(vmath.bf16_to_f32(raw, lanes) if self.inputs[place].type.dtype is DType.BF16 else raw)  # type: ignore[union-attr]
 
     def _put(self, views: list[Expr], row: Expr, column: Expr, value: Expr, lanes: int) -> None:
-        store(views[-1], value, row * self.layouts[self.out].ld + column, lanes)
+        store(views[-1], value, row * self.layouts[self.result].ld + column, lanes)
 
     def _load_state(self, state: Expr, past: Expr, read: Expr, write: Expr, first: Expr, rows: int, step: int,
                     width: int) -> None:
@@ -149,7 +129,7 @@ class _Scan:
                     k = bind(self._row(views, 5, t, group * dk + i, 1) * decayed(i))
                     columns(lambda j: store(u, vmath.fma(splat(k, lanes), state[lane_of(base + wide(i * dv + j), lanes)],
                                                          u[lane_of(j, lanes)], lanes), j, lanes))
-            beta = self._row(views, 8, t, head, 1) if self._given(8) else None
+            beta = self._row(views, 8, t, head, 1) if self.given(8) else None
 
             def update(j: Expr) -> None:
                 made = self._row(views, 6, t, head * dv + j, lanes)
@@ -231,7 +211,7 @@ class _Scan:
         first = bind(part * lanes)
         self._load_state(state, past, read, write, first, width - 1, channels, lanes)
         with T.serial(begin, end) as t:
-            y = self._fixed(views, 6, first, lanes) if self._given(6) else number(0.0, lanes)
+            y = self._fixed(views, 6, first, lanes) if self.given(6) else number(0.0, lanes)
             x = self._row(views, 4, t, first, lanes)
             for i in range(width - 1):
                 place = write + wide(i * channels + first)
