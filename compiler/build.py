@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from inferloom.compiler import plugins
+from inferloom.compiler.attention import FACTS
 from inferloom.compiler.frontends import huggingface
 from inferloom.compiler.frontends.huggingface import TracedModel
 from inferloom.compiler.frontends.paths import is_onnx
@@ -186,7 +187,8 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
     plan, module, chip = compiled.plan, compiled.module, target.chip
     scratch = align(plan.workspace, 256)  # tensor descriptors lie on 128 bytes
     blocks = -(-model.max_model_len // options.block_tokens)
-    dims = m.Dims(options.max_tokens, options.max_seqs, options.max_seqs, blocks)
+    facts = tuple(fact.name for fact in FACTS if fact.name in {v.name for v in compiled.graph.inputs})
+    dims = m.Dims(options.max_tokens, options.max_seqs, options.max_seqs, blocks, facts)  # type: ignore[arg-type]
     logits = plan.places[compiled.graph.outputs[0]]
     tiles = m.Tiles(*module.tiles)
     kernels = tuple(m.Kernel(k.symbol, k.kind, compiled.selection.locations[k.source] if k.source >= 0 else (),

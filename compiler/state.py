@@ -8,6 +8,7 @@ each of the group's tables, and a layer has its place in one of them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,12 +43,13 @@ def need(type: StateType | RecurrentType, window: int = 0) -> Need:
 def window_of(first: object, longest: int) -> int:
     """How many keys, its own included, the query that looks back farthest sees; 0: all, of `longest` tokens.
 
-    `first` is the first key that a query at `q_pos` sees.
+    `first` is the first key that a query at `q_pos` sees; what it loads of a query counts as 0.
     """
     if not isinstance(first, Expr):
         raise TypeError(first)
     q_pos = np.arange(longest)
-    window = int(np.max(q_pos - np.asarray(first.evaluate({"q_pos": q_pos})), initial=0)) + 1
+    env = defaultdict(lambda: np.zeros(longest, np.int32), q_pos=q_pos, token=q_pos)
+    window = int(np.max(q_pos - np.asarray(first.evaluate(env)), initial=0)) + 1
     return window if window < longest else 0
 
 

@@ -91,6 +91,19 @@ class Expr:
         """The value under `env` (variables: numbers or arrays that broadcast; tables: arrays)."""
         raise NotImplementedError
 
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        """The expressions that this one is made of."""
+        return ()
+
+    def variables(self) -> frozenset[str]:
+        """The names of all variables in it."""
+        return frozenset().union(*(p.variables() for p in self.parts))
+
+    def substitute(self, old: Expr, new: Expr) -> Expr:
+        """This expression with `new` wherever `old` stands in it."""
+        return new if self == old else self
+
 
 Operand = Expr | int | float
 
@@ -110,12 +123,15 @@ class Const(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Var(Expr):
-    """A variable: `score`, `q_pos`, `k_pos` or `head`."""
+    """A variable: `score`, `q_pos`, `k_pos`, `head` or `token`."""
 
     name: str
 
     def evaluate(self, env: Mapping[str, Any]) -> Any:
         return env[self.name]
+
+    def variables(self) -> frozenset[str]:
+        return frozenset({self.name})
 
     def __str__(self) -> str:
         return self.name
@@ -131,6 +147,13 @@ class Load(Expr):
     def evaluate(self, env: Mapping[str, Any]) -> Any:
         return env[self.table][self.index.evaluate(env)]
 
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return (self.index,)
+
+    def substitute(self, old: Expr, new: Expr) -> Expr:
+        return new if self == old else Load(self.table, self.index.substitute(old, new))
+
     def __str__(self) -> str:
         return f"(load {self.table} {self.index})"
 
@@ -144,6 +167,13 @@ class Call(Expr):
 
     def evaluate(self, env: Mapping[str, Any]) -> Any:
         return _FUNCTIONS[self.function][1](*(a.evaluate(env) for a in self.args))
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return self.args
+
+    def substitute(self, old: Expr, new: Expr) -> Expr:
+        return new if self == old else Call(self.function, tuple(a.substitute(old, new) for a in self.args))
 
     def __str__(self) -> str:
         return f"({self.function} {' '.join(map(str, self.args))})"

@@ -13,6 +13,7 @@ from inferloom.runtime.blocks import BlockPool
 from inferloom.runtime.detokenizer import Detokenizer, Tokenizer
 from inferloom.runtime.device.base import Device, StepBatch
 from inferloom.runtime.errors import RequestError
+from inferloom.runtime.facts import Facts
 from inferloom.runtime.outputs import CompletionOutput, RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.prefix_cache import PrefixCache
@@ -77,6 +78,9 @@ class Engine:
             raise RequestError(f"the prompt has {len(prompt_ids)} tokens; with room for one more, at most "
                                f"{self.longest - 1} fit (max_model_len {self.limits.max_model_len}, "
                                f"{self.device.num_blocks} blocks of {self.limits.block_tokens} tokens)")
+        if self.limits.whole_prompts and len(prompt_ids) > self.limits.tokens:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, which see each other and so must be computed in "
+                               f"one step, and a step has room for {self.limits.tokens}: compile with a larger max_tokens")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the artifact has none: use stop_token_ids")
         arrival = next(self._arrivals)
@@ -84,6 +88,8 @@ class Engine:
         self._requests[request_id] = request
         self._seeds[request_id] = params.seed if params.seed is not None else (self._seed + arrival) % 2**64
         for sequence in request.sequences:
+            if self.limits.facts:
+                sequence.facts = Facts(self.limits.facts, len(request.prompt_ids), self.eos)
             if self.tokenizer is not None:
                 self._texts[sequence] = Detokenizer(self.tokenizer, request.prompt_ids, params.stop,
                                                     params.skip_special_tokens, params.include_stop_str_in_output)
@@ -135,11 +141,14 @@ class Engine:
         np.cumsum(counts, out=starts[1:])
         tokens, positions = (np.empty(int(starts[-1]), np.int32) for _ in range(2))
         lens = np.empty(len(work), np.int32)
+        facts = np.empty((len(self.limits.facts), len(tokens)), np.int32)
         for i, item in enumerate(work):
             s, part = item.sequence, slice(starts[i], starts[i + 1])
             positions[part] = np.arange(s.computed, s.computed + item.count, dtype=np.int32)
             tokens[part] = s.tokens[s.computed:s.computed + item.count]
             lens[i] = s.computed + item.count
+            if s.facts is not None:
+                facts[:, part] = s.facts.of(s.tokens, s.computed, int(lens[i]))
         tables, pages = fill_tables(self.limits.groups, [w.sequence.held for w in work], self.limits.blocks_per_seq)
         blocks = tables[:, np.repeat(np.arange(len(work)), counts), positions // size]
         slots = np.ascontiguousarray(blocks * size + positions % size)
@@ -147,7 +156,7 @@ class Engine:
         wanted = [w.sequence.request.params for w in work if w.samples]
         sharpness = np.array([1.0 if p.greedy else 1 / p.temperature for p in wanted], np.float32)
         return StepBatch(tokens=tokens, positions=positions, slots=slots, seq_starts=starts, kv_lens=lens,
-                         block_tables=tables, logit_rows=rows, pages=pages, sharpness=sharpness)
+                         block_tables=tables, logit_rows=rows, pages=pages, sharpness=sharpness, facts=facts)
 
     def _advance(self, sequence: Sequence, row: np.ndarray | TopRow) -> None:
         """Sample the sequence's next token and see whether it ends."""

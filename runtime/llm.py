@@ -18,6 +18,7 @@ from inferloom.runtime.device.cpu import CpuDevice
 from inferloom.runtime.device.gpu import GpuDevice
 from inferloom.runtime.engine import Engine, Stats
 from inferloom.runtime.errors import ArtifactError, RequestError
+from inferloom.runtime.facts import Facts
 from inferloom.runtime.manifest import KERNELS_FILE, Manifest
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
@@ -46,7 +47,8 @@ class LLM:
         limits = Limits(tokens=_at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
                         seqs=_at_most("max_num_seqs", max_num_seqs, min(m.dims.seqs, m.dims.rows)),
                         blocks_per_seq=m.dims.blocks_per_seq, block_tokens=m.state.block_tokens,
-                        max_model_len=m.model.max_model_len, groups=tuple(Group.of(g) for g in m.state.groups))
+                        max_model_len=m.model.max_model_len, groups=tuple(Group.of(g) for g in m.state.groups),
+                        facts=m.dims.facts)
         self.tokenizer = _tokenizer(self.artifact)
         self.chat_template = ChatTemplate.of(self.artifact)
         self._verify_rest()
@@ -118,12 +120,17 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits f32 [tokens, vocab] after each token of one sequence, for comparing models.
 
-        Runs on blocks of its own, beside what the engine does. RequestError when the sequence does not fit.
+        Runs on blocks of its own, beside what the engine does. Where the tokens of a prompt see each other, all are
+        taken as one. RequestError when the sequence does not fit.
         """
         m, engine = self.manifest, self.engine
         ids = np.asarray(token_ids, np.int32)
         if ids.ndim != 1 or not 1 <= len(ids) <= engine.longest:
             raise RequestError(f"token_ids must be 1 to {engine.longest} ids")
+        chunk = min(m.dims.rows, m.dims.tokens)
+        if engine.limits.whole_prompts and len(ids) > chunk:
+            raise RequestError(f"tokens that see each other must be computed in one step: at most {chunk}, got {len(ids)}")
+        facts = Facts(m.dims.facts, len(ids), engine.eos)
         size, out = m.state.block_tokens, np.empty((len(ids), m.model.vocab_size), np.float32)
         held = [Held() for _ in engine.limits.groups]
         try:
@@ -131,13 +138,13 @@ class LLM:
                 for _ in range(1 if group.recurrent else -(-len(ids) // size)):
                     each.blocks.append(tuple(engine.pool.allocate() for _ in range(group.tables)))
             tables, pages = fill_tables(engine.limits.groups, [held], m.dims.blocks_per_seq)
-            chunk = min(m.dims.rows, m.dims.tokens)
             for begin in range(0, len(ids), chunk):
                 pos = np.arange(begin, min(begin + chunk, len(ids)), dtype=np.int32)
                 slots = np.ascontiguousarray(tables[:, 0, pos // size] * size + pos % size)
                 batch = StepBatch(tokens=ids[pos], positions=pos, slots=slots, seq_starts=np.array([0, len(pos)], np.int32),
                                   kv_lens=pos[-1:] + 1, block_tables=tables, pages=pages,
-                                  logit_rows=np.arange(len(pos), dtype=np.int32))
+                                  logit_rows=np.arange(len(pos), dtype=np.int32),
+                                  facts=facts.of(ids.tolist(), begin, begin + len(pos)))
                 out[pos] = np.asarray(self.device.step(batch))
         finally:
             for block in (b for each in held for blocks in each for b in blocks):

@@ -60,12 +60,13 @@ class Chip:
 
 @dataclass(frozen=True, slots=True)
 class Dims:
-    """Upper bounds of one step."""
+    """Upper bounds of one step; `facts` of each token that it tells besides its position (runtime/facts.py)."""
 
     tokens: int
     seqs: int
     rows: int
     blocks_per_seq: int
+    facts: tuple[Literal["prefix_len", "document_start"], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +296,7 @@ def inputs_layout(dims: Dims, tiles: Tiles, state: State) -> tuple[dict[str, tup
         "dims": (8,), "tokens": (tokens,), "positions": (tokens,), "seq_starts": (seqs + 1,), "kv_lens": (seqs,),
         **{f"slots{i or ''}": (tokens,) for i in range(state.kv_tables)},
         **{f"pages{i or ''}": (seqs, 2) for i in range(state.recurrent_tables)},
-        "logit_rows": (rows,), "sharpness": (rows,), "q_tiles": (tokens // tiles.prefill + seqs, 3), "d_tiles": (seqs, 3),
+        **{name: (tokens,) for name in dims.facts}, "logit_rows": (rows,), "sharpness": (rows,), "q_tiles": (tokens // tiles.prefill + seqs, 3), "d_tiles": (seqs, 3),
         **{f"block_tables{i or ''}": (seqs, dims.blocks_per_seq) for i in range(state.kv_tables)},
     }
     layout, offset = {}, 0

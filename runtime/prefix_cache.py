@@ -23,16 +23,16 @@ class PrefixCache:
         self.queries = self.hits = 0
 
     def key(self, parent: bytes | None, tokens: Sequence[int]) -> bytes:
-        """The hash of a full block of `tokens` that follows the block with hash `parent`."""
+        """The hash of a full block of `tokens` that follows what has hash `parent`."""
         return hashlib.sha256((parent or self._root) + struct.pack(f"<{len(tokens)}i", *tokens)).digest()
 
-    def take(self, tokens: Sequence[int]) -> tuple[list[Held], list[bytes]]:
+    def take(self, tokens: Sequence[int], root: bytes | None = None) -> tuple[list[Held], list[bytes]]:
         """Retain what is cached of the longest prefix of `tokens` from which each group can go on; the last token is
-        always left to compute.
+        always left to compute. The first block follows `root`.
 
         Returns what is held of each group, and the hashes of the prefix's blocks.
         """
-        keys = self._chain(tokens)
+        keys = self._chain(tokens, root)
         while keys and not self._resumes(keys):
             keys.pop()
         held = [self._held(number, group, keys) for number, group in enumerate(self.groups)]
@@ -42,12 +42,12 @@ class PrefixCache:
                     self.pool.retain(block)
         return held, keys
 
-    def _chain(self, tokens: Sequence[int]) -> list[bytes]:
+    def _chain(self, tokens: Sequence[int], root: bytes | None) -> list[bytes]:
         """Hashes of the full blocks before the last token, as far as groups that keep all keys have them."""
         size, keys = self.block_tokens, list[bytes]()
         whole = [i for i, g in enumerate(self.groups) if not g.recurrent and not g.window]
         for start in range(0, len(tokens) - size, size):
-            key = self.key(keys[-1] if keys else None, tokens[start:start + size])
+            key = self.key(keys[-1] if keys else root, tokens[start:start + size])
             if any(self.pool.lookup((i, key)) is None for i in whole):
                 break
             keys.append(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from inferloom.runtime.facts import Facts
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.state import Held
@@ -22,6 +23,7 @@ class Sequence:
     computed: int = 0
     held: list[Held] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    facts: Facts | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None

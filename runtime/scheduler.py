@@ -4,7 +4,8 @@ Continuous batching: every step holds the next token of all running sequences, a
 token budget leaves room for (chunked prefill). When blocks run out, the sequence that is last in line gives back
 all of its blocks and is computed again later; what it had cached may still be there then.
 
-A recurrent state can be cached only where a step ends, so with one, prompts are cut at the ends of blocks.
+A recurrent state can be cached only where a step ends, so with one, prompts are cut at the ends of blocks. Prompts whose
+tokens see each other are not cut at all, and are cached for requests with the very same prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inferloom.runtime.blocks import BlockPool
+from inferloom.runtime.facts import PREFIX_LEN
 from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.request import Sequence
 from inferloom.runtime.state import ALL_KEYS, Blocks, Group, Held
@@ -19,7 +21,8 @@ from inferloom.runtime.state import ALL_KEYS, Blocks, Group, Held
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step, and one sequence, may hold at most; the groups of state that a sequence has."""
+    """What one step, and one sequence, may hold at most; the groups of state that a sequence has, and the facts that
+    kernels ask of its tokens."""
 
     tokens: int
     seqs: int
@@ -27,6 +30,12 @@ class Limits:
     block_tokens: int
     max_model_len: int
     groups: tuple[Group, ...] = ALL_KEYS
+    facts: tuple[str, ...] = ()
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a prompt must be computed in one step."""
+        return PREFIX_LEN in self.facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +104,10 @@ class Scheduler:
         return work
 
     def _cut(self, sequence: Sequence, count: int) -> int:
-        """At most `count` tokens, up to the last end of a block if a state is to be cached there."""
+        """At most `count` tokens, up to the last end of a block if a state is to be cached there; 0 if too few."""
         size, end = self.limits.block_tokens, sequence.computed + count
+        if self.limits.whole_prompts and sequence.computed < len(sequence.request.prompt_ids):
+            return count if end >= len(sequence.request.prompt_ids) else 0
         whole = end // size * size - sequence.computed
         return whole if self.recurrent and self.cache is not None and whole > 0 else count
 
@@ -112,9 +123,15 @@ class Scheduler:
                     held.blocks, held.next = [held.next], None
             while self.cache is not None and (len(sequence.keys) + 1) * size <= sequence.computed:
                 at = len(sequence.keys)
-                key = self.cache.key(sequence.keys[-1] if at else None, sequence.tokens[at * size:(at + 1) * size])
+                key = self.cache.key(sequence.keys[-1] if at else self._root(sequence), sequence.tokens[at * size:(at + 1) * size])
                 sequence.keys.append(key)
                 self.cache.record(sequence.held, at, key, sequence.computed)
+
+    def _root(self, sequence: Sequence) -> bytes | None:
+        """What the keys of its blocks start from: state of a prompt whose tokens see each other depends on all of it."""
+        if self.cache is None or not self.limits.whole_prompts:
+            return None
+        return self.cache.key(None, sequence.request.prompt_ids)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Further samples of a request wait for one that is computing the prompt that they will share."""
@@ -147,7 +164,7 @@ class Scheduler:
         if donor is not None:
             shared, part = self._fork(sequence, donor)
         elif self.cache is not None:
-            sequence.held, sequence.keys = self.cache.take(sequence.tokens)
+            sequence.held, sequence.keys = self.cache.take(sequence.tokens, self._root(sequence))
             shared = len(sequence.keys)
         else:
             sequence.held = [Held() for _ in self.limits.groups]
@@ -155,7 +172,7 @@ class Scheduler:
         if sequence.generated == 0:
             sequence.request.cached_tokens = max(sequence.request.cached_tokens, sequence.computed)
         count = self._cut(sequence, min(len(sequence.tokens) - sequence.computed, budget))
-        if self._missing(sequence, count) > self.pool.available:
+        if count < 1 or self._missing(sequence, count) > self.pool.available:
             self._release(sequence)
             return False
         self._extend(sequence, count)

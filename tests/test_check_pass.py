@@ -85,7 +85,7 @@ def test_files_that_are_no_passes(body: str, message: str, tmp_path: Path) -> No
 
 
 def test_names_that_nobody_offers() -> None:
-    with pytest.raises(UnsupportedError, match=r"neither a .py file nor offered.*offered: none"):
+    with pytest.raises(UnsupportedError, match=r"neither a .py file nor offered.*offered: .*document-mask"):
         plugins.load(["dilated"])
     with pytest.raises(UnsupportedError, match="no such file"):
         plugins.load(["nothing.py"])
@@ -138,3 +138,10 @@ def test_the_command_reports_and_exits(tmp_path: Path, monkeypatch: pytest.Monke
     assert command(monkeypatch, "check-pass", late, "--no-gpu", "--no-speed", "--json") == 1
     made = json.loads(capsys.readouterr().out)
     assert not made["ok"] and any(r["name"] == "cpu: pages" and "misses" in r["text"] for r in made["results"])
+
+
+@pytest.mark.parametrize(("name", "pages"), [("prefix-lm", "reads 7 of 7 pages; 7 hold"), ("document-mask", "reads 3 of 7 pages; 3 hold")])
+def test_what_comes_along_is_proved(name: str, pages: str) -> None:
+    results = {r.name: r for r in check_pass(name, speed=False)}
+    assert all(r.ok in (True, None) for r in results.values())
+    assert pages in results["cpu: pages"].text and pages in results["gpu: pages"].text

@@ -8,10 +8,22 @@ compose in the order of `VARIANTS`; an attribute that no variant consumed is an 
 from __future__ import annotations
 
 from inferloom.compiler.attention import alibi, causal, chunked, sinks, sliding_window, softcap
-from inferloom.compiler.attention.spec import HEAD, K_POS, Q_POS, SCORE, AttentionSpec, Load, Variant
+from inferloom.compiler.attention.spec import (
+    DOCUMENT_START,
+    FACTS,
+    HEAD,
+    K_POS,
+    PREFIX_LEN,
+    Q_POS,
+    SCORE,
+    AttentionSpec,
+    Load,
+    Variant,
+)
 
 #: Softcap acts on the raw score, ALiBi is added to it, masks follow, sinks join the softmax.
 VARIANTS: tuple[Variant, ...] = (causal.VARIANT, softcap.VARIANT, alibi.VARIANT, sliding_window.VARIANT,
                                  chunked.VARIANT, sinks.VARIANT)
 
-__all__ = ["HEAD", "K_POS", "Q_POS", "SCORE", "VARIANTS", "AttentionSpec", "Load", "Variant"]
+__all__ = ["DOCUMENT_START", "FACTS", "HEAD", "K_POS", "PREFIX_LEN", "Q_POS", "SCORE", "VARIANTS", "AttentionSpec", "Load",
+           "Variant"]

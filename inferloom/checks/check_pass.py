@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from inferloom.checks.model import VOCAB, attention_model, meaning, reference
-from inferloom.checks.proofs import BLOCK, LENGTHS, LONGEST, Piece, Result, prove, step_arrays
+from inferloom.checks.proofs import BLOCK, LENGTHS, LONGEST, Piece, Result, facts_of, prove, step_arrays
 from inferloom.compiler.build import compile_model
 from inferloom.compiler.plugins import Plugin, load
 from inferloom.runtime.artifact import Artifact
@@ -86,7 +86,7 @@ class _Cpu:
         self.tables = np.random.default_rng(3).permutation(tables * count * columns).reshape(tables, count, columns)
 
     def step(self, ids: Sequence[np.ndarray], pieces: Sequence[Piece], tables: np.ndarray) -> np.ndarray:
-        return np.array(self.device.step(StepBatch(**step_arrays(ids, pieces, tables))))
+        return np.array(self.device.step(StepBatch(**step_arrays(ids, pieces, tables, self.device.manifest.dims.facts))))
 
     def poison(self, blocks: Sequence[int]) -> Callable[[], None]:
         held = {b: self.device.read_block(b) for b in blocks}
@@ -136,7 +136,8 @@ def _interpreted(name: str) -> list[Result]:
         tables: np.ndarray
 
         def step(self, ids: Sequence[np.ndarray], pieces: Sequence[Piece], tables: np.ndarray) -> np.ndarray:
-            arrays = step_arrays(ids, pieces, tables)
+            arrays = step_arrays(ids, pieces, tables, facts_of(graph))
+            arrays |= zip(facts_of(graph), arrays.pop("facts"), strict=True)
             for kind in ("slots", "block_tables"):
                 for number, part in zip(numbers, arrays.pop(kind), strict=True):
                     arrays[f"{kind}{number or ''}"] = part

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from inferloom.checks.proofs import ENDS, PREFIX, facts_of
 from inferloom.compiler.frontends.huggingface import TracedModel
 from inferloom.compiler.frontends.weights import ArraySource
 from inferloom.compiler.passes import lower_attention
@@ -14,6 +15,7 @@ from inferloom.compiler.report import Report
 from inferloom.ir.graph import Builder, Graph
 from inferloom.ir.interpret import interpret
 from inferloom.ir.types import DType, Sym, TensorType
+from inferloom.runtime.facts import Facts
 
 VOCAB, LAYERS = 97, 2
 
@@ -53,6 +55,8 @@ def meaning(model: TracedModel, plugins: Sequence[Plugin]) -> Graph:
 def reference(model: TracedModel, plugins: Sequence[Plugin], ids: np.ndarray) -> np.ndarray:
     """Logits [tokens, vocab] of one sequence by the dense NumPy references of the ops."""
     graph, at = meaning(model, plugins), np.arange(len(ids), dtype=np.int32)
+    facts = facts_of(graph)
+    told = dict(zip(facts, Facts(facts, PREFIX, ENDS).of(ids.tolist(), 0, len(ids)), strict=True))
     params = {p.source: model.weights.load(p.source) for p in graph.params}
-    (logits,) = interpret(graph, {"tokens": ids, "positions": at, "logit_rows": at}, params)
+    (logits,) = interpret(graph, {"tokens": ids, "positions": at, "logit_rows": at, **told}, params)
     return np.asarray(logits)

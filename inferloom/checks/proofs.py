@@ -12,11 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from inferloom.compiler.attention import FACTS
 from inferloom.ir.expr import Expr
 from inferloom.ir.graph import Graph
+from inferloom.runtime.facts import Facts
 
 BLOCK, LONGEST = 16, 160
 LENGTHS = (100, 37, 71)
+#: Tokens of a prompt that sees itself, and those that end a document.
+PREFIX, ENDS = 37, frozenset(range(5))
 #: Largest error of a logit, relative to the standard deviation of all.
 TOLERANCE = 1e-4
 Piece = tuple[int, int, int]
@@ -47,7 +51,13 @@ class Runner(Protocol):
         ...
 
 
-def step_arrays(ids: Sequence[np.ndarray], pieces: Sequence[Piece], tables: np.ndarray) -> dict[str, np.ndarray]:
+def facts_of(graph: Graph) -> tuple[str, ...]:
+    """The facts of tokens that a graph has as inputs."""
+    return tuple(fact.name for fact in FACTS if fact.name in {v.name for v in graph.inputs})
+
+
+def step_arrays(ids: Sequence[np.ndarray], pieces: Sequence[Piece], tables: np.ndarray,
+                facts: Sequence[str]) -> dict[str, np.ndarray]:
     """The inputs of a step; `tables` [tables, sequences, columns] are the blocks of each sequence."""
     positions = np.concatenate([np.arange(a, b) for _, a, b in pieces]).astype(np.int32)
     whose = np.concatenate([np.full(b - a, s) for s, a, b in pieces])
@@ -57,6 +67,7 @@ def step_arrays(ids: Sequence[np.ndarray], pieces: Sequence[Piece], tables: np.n
         "kv_lens": np.array([b for _, _, b in pieces], np.int32),
         "slots": (tables[:, whose, positions // BLOCK] * BLOCK + positions % BLOCK).astype(np.int32),
         "block_tables": np.ascontiguousarray(tables[:, [s for s, _, _ in pieces]], np.int32),
+        "facts": np.concatenate([Facts(facts, PREFIX, ENDS).of(ids[s].tolist(), a, b) for s, a, b in pieces], axis=1),
         "logit_rows": np.arange(len(positions), dtype=np.int32)}
 
 
@@ -81,7 +92,7 @@ def prove(run: Runner, graph: Graph, ids: Sequence[np.ndarray], want: Sequence[n
             at += size
         return np.concatenate(parts)
 
-    same("chunks", pieces(1, 16, 40, 43), whole, "a prompt in chunks of 1, 16, 40 and 43 against the whole")
+    same("chunks", pieces(40, 1, 16, 43), whole, "a prompt in chunks of 40, 1, 16 and 43 against the whole")
     same("decode", pieces(90, *[1] * (length - 90)), whole, "the last ten tokens one by one against the whole")
     # Another sequence with the same start takes over the first blocks, and computes the rest.
     run.step(ids, [(0, 0, length)], run.tables)
@@ -112,21 +123,24 @@ def _pages(run: Runner, graph: Graph, ids: Sequence[np.ndarray]) -> Result:
         if not np.array_equal(run.step(ids, [(0, last, last + 1)], run.tables), clean):
             read.append(page)
         restore()
-    seen = sorted({int(k) // BLOCK for k in np.flatnonzero(visible_keys(graph, last))})
+    seen = sorted({int(k) // BLOCK for k in np.flatnonzero(visible_keys(graph, ids[0], last))})
     text = f"the query at {last} reads {len(read)} of {last // BLOCK + 1} pages; {len(seen)} hold keys that it sees"
     missed = sorted(set(seen) - set(read))
     return Result("pages", not missed, text + (f", of which it misses {missed}" if missed else ""))
 
 
-def visible_keys(graph: Graph, query: int) -> np.ndarray:
-    """Which keys 0..query the query sees in some layer, by some head."""
+def visible_keys(graph: Graph, ids: np.ndarray, query: int) -> np.ndarray:
+    """Which keys 0..query the query of these tokens sees in some layer, by some head."""
+    names = facts_of(graph)
+    facts = dict(zip(names, Facts(names, PREFIX, ENDS).of(ids.tolist(), 0, query + 1), strict=True))
     keys, seen = np.arange(query + 1), np.zeros(query + 1, bool)
     for node in graph.nodes:
         visible = node.attrs.get("visible")
         if node.op != "flex_attention" or not isinstance(visible, Expr) or node.operands[0] is None:
             continue
         heads = np.arange(int(str(node.operands[0].type.shape[1])))  # type: ignore[union-attr]
-        env = {"q_pos": query, "k_pos": keys[None, :], "head": heads[:, None], "score": np.zeros((1, 1))}
+        env = {"q_pos": query, "k_pos": keys[None, :], "head": heads[:, None], "score": np.zeros((1, 1)), "token": query}
+        env |= {f"t{i}": facts[v.name] for i, v in enumerate(node.operands[3:]) if v is not None and v.name in facts}
         try:
             made = visible.evaluate(env)
         except KeyError:  # it looks into tables, whose numbers are not at hand here

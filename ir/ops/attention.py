@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from inferloom.ir.errors import VerifyError
-from inferloom.ir.expr import Expr
+from inferloom.ir.expr import Expr, Var
 from inferloom.ir.op import KERNEL, MODEL, SERVING, Tolerance, op
 from inferloom.ir.types import DType, StateType, TensorType, cast_array
+
+
+#: Where the query stands: what it sees last, unless said otherwise.
+Q_POS = Var("q_pos")
 
 
 @dataclass(slots=True)
@@ -49,12 +53,13 @@ def _kv(k: TensorType, v: TensorType | None, v_dim: int) -> Any:
     return v.shape[2]
 
 
-def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarray, scale: float,
-                    score: Expr, visible: Expr, tables: tuple[np.ndarray, ...], sink: int = -1) -> np.ndarray:
+def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarray, scale: float, score: Expr,
+                    visible: Expr, tables: tuple[np.ndarray, ...], sink: int = -1, begin: int = 0) -> np.ndarray:
     """One sequence: q [n, H, dk], k [m, Hkv, dk], v [m, Hkv, dv] -> [n, H, dv], all float32.
 
     `score` maps the scaled product `score`, `visible` says which keys a query sees; `tables[sink]`, when
-    sink >= 0, holds one extra logit a head that takes part in the softmax and contributes no value.
+    sink >= 0, holds one extra logit a head that takes part in the softmax and contributes no value. The first
+    query is number `begin` of the step's tokens.
     """
     heads = q.shape[1]
     group = heads // k.shape[1]
@@ -62,7 +67,7 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarr
     s = np.einsum("qhd,khd->hqk", q, k).astype(np.float32) * np.float32(scale)
     env: dict[str, Any] = {f"t{i}": t for i, t in enumerate(tables)}
     env |= {"score": s, "q_pos": q_pos[None, :, None], "k_pos": np.arange(k.shape[0])[None, None],
-            "head": np.arange(heads)[:, None, None]}
+            "head": np.arange(heads)[:, None, None], "token": np.arange(begin, begin + len(q))[None, :, None]}
     s = np.asarray(score.evaluate(env), np.float32)
     s = np.where(visible.evaluate(env), s, np.float32(-np.inf))
     top = s.max(-1, keepdims=True)
@@ -120,19 +125,20 @@ class Attention:
 class FlexAttention:
     """`attention` whose meaning is spelled out in scalar expressions by its variant passes.
 
-    `score`, `visible`, `first`, `sink` and the tables are those of `paged_attention`. The reference treats all
-    tokens as one sequence that starts at position 0.
+    `score`, `visible`, `first`, `last`, `sink` and the tables are those of `paged_attention`. The reference treats
+    all tokens as one sequence that starts at position 0.
     """
 
     def infer(q: TensorType, k: TensorType, v: TensorType | None, *tables: TensorType, scale: float, slot: int,  # type: ignore[misc]
-              score: Expr, visible: Expr, first: Expr, sink: int = -1, v_dim: int = 0) -> TensorType:
+              score: Expr, visible: Expr, first: Expr, last: Expr = Q_POS, sink: int = -1,
+              v_dim: int = 0) -> TensorType:
         width = _kv(k, v, v_dim)
         _qkv(q, k.shape[1], k.shape[2])
         if not -1 <= sink < len(tables):
             raise VerifyError(f"sink={sink} names no table")
         return TensorType(DType.F32, (*q.shape[:2], width))
 
-    def reference(q, k, v, *tables, scale, slot, score, visible, first, sink, v_dim):  # type: ignore[no-untyped-def, misc]
+    def reference(q, k, v, *tables, scale, slot, score, visible, first, last, sink, v_dim):  # type: ignore[no-untyped-def, misc]
         v = k[..., :v_dim] if v is None else v
         return dense_attention(q, k, v, np.arange(q.shape[0]), scale, score, visible, tables, sink)
 
@@ -164,14 +170,15 @@ class PagedAttention:
     """Attention of ragged q [tokens, H, dk] over paged state -> f32 [tokens, H, dv].
 
     Sequence i owns tokens `seq_starts[i]:seq_starts[i+1]`, the last of its `kv_lens[i]` tokens; its blocks are
-    `block_tables[i]`. `score` and `visible` are scalar expressions over score, q_pos, k_pos, head and loads
-    from `tables` (t0, t1, ...). `first` gives the first key position that a query at q_pos may see (earlier
-    pages are skipped); the last one is q_pos. `sink` is the table of extra logits, or -1.
+    `block_tables[i]`. `score` and `visible` are scalar expressions over score, q_pos, k_pos, head, token (the
+    query's number in the step) and loads from `tables` (t0, t1, ...). `first` and `last` give the first and the last
+    key position that a query may see (pages before and after are skipped); a last one beyond the sequence's tokens
+    means its last token. `sink` is the table of extra logits, or -1.
     """
 
     def infer(q: TensorType, state: StateType, seq_starts: TensorType, kv_lens: TensorType,  # type: ignore[misc]
               block_tables: TensorType, *tables: TensorType, scale: float, score: Expr, visible: Expr, first: Expr,
-              sink: int = -1) -> TensorType:
+              last: Expr = Q_POS, sink: int = -1) -> TensorType:
         _qkv(q, state.heads, state.k_dim)
         if any(t.dtype is not DType.I32 for t in (seq_starts, kv_lens, block_tables)) or block_tables.rank != 2:
             raise VerifyError("seq_starts, kv_lens and block_tables [seqs, blocks] must be i32")
@@ -179,7 +186,7 @@ class PagedAttention:
             raise VerifyError(f"sink={sink} names no table")
         return TensorType(DType.F32, (*q.shape[:2], state.v_dim))
 
-    def reference(q, state, seq_starts, kv_lens, block_tables, *tables, scale, score, visible, first, sink):  # type: ignore[no-untyped-def, misc]
+    def reference(q, state, seq_starts, kv_lens, block_tables, *tables, scale, score, visible, first, last, sink):  # type: ignore[no-untyped-def, misc]
         out = np.zeros((*q.shape[:2], state.v.shape[2]), np.float32)
         per_block = state.type.block_tokens
         for i, length in enumerate(kv_lens):
@@ -188,6 +195,6 @@ class PagedAttention:
             slots = block_tables[i][pos // per_block] * per_block + pos % per_block
             q_pos = np.arange(length - (end - begin), length)
             out[begin:end] = dense_attention(q[begin:end], state.k[slots], state.v[slots], q_pos, scale, score,
-                                             visible, tables, sink)
+                                             visible, tables, sink, begin)
         return out
 

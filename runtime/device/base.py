@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inferloom.runtime.errors import ArtifactError, RequestError
+from inferloom.runtime.facts import DOCUMENT_START, PREFIX_LEN
 from inferloom.runtime.manifest import DIMS, Manifest, Tiles, inputs_layout
 from inferloom.runtime.top import TopRows
 
 Int32 = NDArray[np.int32]
 _RAGGED = ("tokens", "positions", "seq_starts", "kv_lens", "logit_rows")
-_DIMENSIONS = {"slots": 2, "block_tables": 3, "pages": 3}
+_DIMENSIONS = {"slots": 2, "block_tables": 3, "pages": 3, "facts": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class StepBatch:
     step), logit_rows [R] (indices of tokens). For each of the K tables of keys and values, slots [K, T]
     (block * block_tokens + offset in it: where the token's state goes) and block_tables [K, S, blocks_per_seq or fewer];
     for each of the N recurrent ones pages [N, S, 2] (the block to read, the block to write). `sharpness` f32 [R] is
-    1 / temperature of each row, for what a device finds out about it; 1 if not given.
+    1 / temperature of each row, for what a device finds out about it; 1 if not given. facts [F, T]: those that the
+    manifest's dims name.
     """
 
     tokens: Int32
@@ -38,6 +40,7 @@ class StepBatch:
     logit_rows: Int32
     pages: Int32 = field(default_factory=lambda: np.zeros((0, 0, 2), np.int32))
     sharpness: NDArray[np.float32] | None = None
+    facts: Int32 = field(default_factory=lambda: np.zeros((0, 0), np.int32))
 
 
 class Device(Protocol):
@@ -109,7 +112,7 @@ def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
         if len(getattr(batch, name)) != want:
             raise RequestError(f"step: {name} must have {want} entries, got {len(getattr(batch, name))}")
     for name, shape in (("slots", (state.kv_tables, count)), ("block_tables", (state.kv_tables, seqs, width)),
-                        ("pages", (state.recurrent_tables, seqs, 2))):
+                        ("pages", (state.recurrent_tables, seqs, 2)), ("facts", (len(dims.facts), count))):
         if shape[0] and getattr(batch, name).shape != shape:
             raise RequestError(f"step: {name} must be {shape}, got {getattr(batch, name).shape}")
     sharpness = batch.sharpness
@@ -131,6 +134,10 @@ def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
         raise RequestError("step: kv_lens counts the tokens of this step too, so it cannot be less than their number")
     if (batch.positions >= np.repeat(batch.kv_lens, lengths)).any():
         raise RequestError("step: a position must be below its sequence's kv_lens")
+    limits = {PREFIX_LEN: np.repeat(batch.kv_lens, lengths), DOCUMENT_START: batch.positions}
+    for name, row in zip(dims.facts, batch.facts):
+        if (row < 0).any() or (row > limits[name]).any():
+            raise RequestError(f"step: {name} must be 0 to what there is of the sequence, got {row.min()} to {row.max()}")
 
 
 def used_blocks(batch: StepBatch, block_tokens: int) -> NDArray[np.bool_]:
@@ -183,6 +190,8 @@ def fill_inputs(batch: StepBatch, m: Manifest, views: dict[str, Int32]) -> list[
         table[:seqs, :width] = np.where(used_blocks(batch, m.state.block_tokens), batch.block_tables[i], 0)
         table[:seqs, width:] = 0
         views[f"slots{i or ''}"][: len(batch.tokens)] = batch.slots[i]
+    for name, row in zip(m.dims.facts, batch.facts):
+        views[name][: len(row)] = row
     for i in range(m.state.recurrent_tables):
         views[f"pages{i or ''}"][:seqs] = batch.pages[i]
     q_tiles, d_tiles = make_tiles(batch.seq_starts, m.tiles)

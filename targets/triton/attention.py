@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
+from inferloom.ir.ops.attention import Q_POS
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import KernelSource, Scratch
 from inferloom.targets.triton.configs import AttentionConfig
@@ -211,6 +212,8 @@ class Attention:
         group = self.heads.group
         w.line(f"mine = tl.minimum(r{f' // {group}' if group > 1 else ''}, tokens - 1)")
         w.line("q_pos = position + mine")
+        if any("token" in self._attr(name).variables() for name in ("score", "visible", "first", "last")):
+            w.line("token = first + mine")
         w.line(f"head = kv_head * {group} + r % {group}" if group > 1 else "head = kv_head + r * 0")
 
     def _queries(self, w: Writer, rows: int, tiles: str) -> None:
@@ -232,8 +235,13 @@ class Attention:
         if isinstance(first, scalar.Const):
             w.line(f"low = {max(int(first.value), 0)}")
         else:
-            w.line(f"low = tl.maximum(tl.min({self._expr(w, first, {'q_pos': 'q_pos'}, ())}, 0), 0)")
-        w.line("high = position + tokens")
+            w.line(f"low = tl.maximum(tl.min({self._expr(w, first, {'q_pos': 'q_pos', 'token': 'token'}, ())}, 0), 0)")
+        last = self._attr("last")
+        if last == Q_POS:
+            w.line("high = position + tokens")
+        else:
+            w.line(f"high = tl.max({self._expr(w, last, {'q_pos': 'q_pos', 'token': 'token'}, ())}, 0) + 1")
+            w.line(f"high = tl.minimum(high, tl.load(p{self.inputs[3]} + seq))")
 
     def _parts(self, w: Writer, config: AttentionConfig) -> None:
         """How many parts the keys are in, and the tiles of each."""
@@ -258,7 +266,8 @@ class Attention:
             w.line(f"top = tl.full([{rows}], {LOWEST}, tl.float32)")
             w.line(f"total = tl.zeros([{rows}], tl.float32)")
         w.line(f"acc = tl.zeros([{rows}, {self.dv}], tl.float32)")
-        env = {"q_pos": "q_pos[:, None]", "k_pos": "k_pos[None, :]", "head": "head[:, None]", "score": "s"}
+        env = {"q_pos": "q_pos[:, None]", "k_pos": "k_pos[None, :]", "head": "head[:, None]", "score": "s",
+               "token": "token[:, None]"}
         score, visible = self._attr("score"), self._attr("visible")
         # What does not depend on the key comes before the loop.
         for e in (score, visible):
@@ -341,10 +350,10 @@ class Attention:
     def _hoist(self, w: Writer, e: scalar.Expr, env: dict[str, str]) -> None:
         """Name the largest parts of `e` that are the same for all keys."""
         if isinstance(e, (scalar.Call, scalar.Load)):
-            if not _variables(e) & {"k_pos", "score"}:
+            if not e.variables() & {"k_pos", "score"}:
                 self._expr(w, e, env, ())
                 return
-            for part in e.args if isinstance(e, scalar.Call) else (e.index,):
+            for part in e.parts:
                 self._hoist(w, part, env)
 
     def _expr(self, w: Writer, e: scalar.Expr, env: dict[str, str], path: tuple[str, ...]) -> str:
@@ -362,7 +371,7 @@ class Attention:
         args = [self._expr(w, a, env, path) for a in e.args]
         text = _FUNCTIONS[e.function].format(*args)
         # Scores change in every step of the loop, and so does what is made of them: only names of others are kept.
-        return w.name(text, "e") if "score" not in _variables(e) else f"({text})"
+        return w.name(text, "e") if "score" not in e.variables() else f"({text})"
 
 
 _FUNCTIONS = {
@@ -373,14 +382,6 @@ _FUNCTIONS = {
     "not": "~({0})", "neg": "-{0}", "abs": "tl.abs({0})", "exp": "tl.exp({0})", "tanh": "tanh({0})",
     "select": "tl.where({0}, {1}, {2})",
 }
-
-
-def _variables(e: scalar.Expr) -> set[str]:
-    if isinstance(e, scalar.Var):
-        return {e.name}
-    if isinstance(e, scalar.Load):
-        return _variables(e.index)
-    return set().union(*(_variables(a) for a in e.args)) if isinstance(e, scalar.Call) else set()
 
 
 def _bounded(e: scalar.Expr) -> bool:

@@ -18,6 +18,7 @@ from tvm.tirx.script import builder as T
 from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
+from inferloom.ir.ops.attention import Q_POS
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
@@ -90,7 +91,7 @@ class _Attention:
         self.tokens = max(1, MAX_ROWS // self.size)
 
     def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
-        self.q, self.pool, starts, lens, self.tables = views[:5]
+        self.q, self.pool, starts, self.lens, self.tables = views[:5]
         self.extras, self.result, tiles = views[5:5 + self.extra], views[5 + self.extra], views[6 + self.extra]
         self.keys = views[7 + self.extra] if self.pair == 2 else self.pool
         mult = self.state.heads * self.parts
@@ -99,7 +100,7 @@ class _Attention:
         q_heads = [bind(head * self.group + T.min(part * self.size + i, T.int32(self.group - 1)))
                    for i in range(self.size)]
         seq, first, count = (bind(tiles[work * 3 + i]) for i in range(3))
-        position = bind(lens[seq] - starts[seq + 1] + first)  # of the tile's first token
+        position = bind(self.lens[seq] - starts[seq + 1] + first)  # of the tile's first token
         with T.serial(0, (count + (self.tokens - 1)) // self.tokens) as block:
             self._rows(seq, head, q_heads, first, position, bind(block * self.tokens), count)
 
@@ -114,7 +115,7 @@ class _Attention:
         probs, decay = scratch(rows * KEYS), scratch(rows)
         # A block that sticks out of the tile repeats its last token, which writes the same values again.
         offsets = [bind(T.min(begin + t, count - 1)) for t in range(self.tokens)]
-        where = [bind(position + o) for o in offsets]
+        where = [{"q_pos": bind(position + o), "token": bind(first + o)} for o in offsets]
         sink = int(str(self.node.attrs["sink"]))
         for r in range(rows):
             start = self.extras[sink][q_heads[r % size]] if sink >= 0 else T.float32(LOWEST)
@@ -125,18 +126,21 @@ class _Attention:
         with T.serial(0, rows * dv // lanes) as i:
             store(out, number(0.0, lanes), i * lanes, lanes)
         lowest = bind(T.max(tree([self._scalar("first", w) for w in where], T.min), T.int32(0)) // KEYS)
-        highest = bind(where[-1] // KEYS + 1)
+        last = where[-1]["q_pos"]
+        if self._expr("last") != Q_POS:
+            last = T.min(tree([self._scalar("last", w) for w in where], T.max), self.lens[seq] - 1)
+        highest = bind(last // KEYS + 1)
         with T.serial(0, highest - lowest) as step:
             tile = bind(lowest + step)
             per_block = state.block_tokens // KEYS
             blockid = bind(self.tables[seq * self.columns + tile // per_block])
             base = bind(wide(blockid) * self.stride
                         + wide((head * per_block + tile % per_block) * (KEYS * state.per_token)))
-            self._scores(rows, dk, base, q_heads, first, offsets, where, tile, top, total, probs, decay)
+            self._scores(rows, dk, base, q_heads, where, tile, top, total, probs, decay)
             values = base if state.latent else bind(base + KEYS * state.k_dim)
             self._values(rows, dv, lanes, values, probs, decay, out)
         for r in range(rows):
-            token = first + offsets[r // size]
+            token = where[r // size]["token"]
             parts = [total[r * LANES + i] for i in range(LANES)]
             inverse = bind(T.float32(1.0) / tree(parts, lambda a, b: a + b))
             target = bind(token * self.ldo + q_heads[r % size] * dv)
@@ -146,20 +150,19 @@ class _Attention:
                     y = vmath.f32_to_bf16(y, lanes)
                 store(self.result, y, target + i * lanes, lanes)
 
-    def _scores(self, rows: int, dk: int, base: Expr, q_heads: list[Expr], first: Expr, offsets: list[Expr],
-                where: list[Expr], tile: Expr, top: Expr, total: Expr, probs: Expr, decay: Expr) -> None:
+    def _scores(self, rows: int, dk: int, base: Expr, q_heads: list[Expr], where: list[dict[str, Expr]], tile: Expr,
+                top: Expr, total: Expr, probs: Expr, decay: Expr) -> None:
         """Scores of one tile of keys for all rows, and the step of their online softmax."""
         acc = scratch(rows * KEYS)
         keys = bind(base // self.pair)
-        queries = [bind((first + offsets[r // self.size]) * self.ldq + q_heads[r % self.size] * dk)
+        queries = [bind(where[r // self.size]["token"] * self.ldq + q_heads[r % self.size] * dk)
                    for r in range(rows)]
         (self._by_row if self.state.latent else self._by_column)(rows, dk, keys, queries, acc)
         scale = float(str(self.node.attrs["scale"]))
         k_pos = bind(T.ramp(tile * KEYS, 1, KEYS))
         for r in range(rows):
-            env = {"score": bind(acc[lane_of(T.int32(r * KEYS), KEYS)] * number(scale, KEYS)),
-                   "q_pos": splat(where[r // self.size], KEYS), "k_pos": k_pos,
-                   "head": splat(q_heads[r % self.size], KEYS)}
+            env = {"score": bind(acc[lane_of(T.int32(r * KEYS), KEYS)] * number(scale, KEYS)), "k_pos": k_pos,
+                   "head": q_heads[r % self.size], **where[r // self.size]}
             seen = self._vector("visible", env)
             score = bind(T.Select(seen, _float(self._vector("score", env), KEYS), number(LOWEST, KEYS)))
             lowered = scratch(KEYS)
@@ -233,8 +236,8 @@ class _Attention:
             raise TypeError(made)
         return made
 
-    def _scalar(self, name: str, q_pos: Expr) -> Expr:
-        return emit_expr(self._expr(name), {"q_pos": q_pos}, self.extras, 1)
+    def _scalar(self, name: str, env: Mapping[str, Expr]) -> Expr:
+        return emit_expr(self._expr(name), env, self.extras, 1)
 
     def _vector(self, name: str, env: Mapping[str, Expr]) -> Expr:
         return emit_expr(self._expr(name), env, self.extras, KEYS)
@@ -255,9 +258,14 @@ _COMPARISON = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "eq": T.EQ}
 
 
 def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes: int) -> Expr:
-    """A scalar expression for `lanes` keys. Positions are int32, scores float32; mixed operands become float32."""
+    """A scalar expression for `lanes` keys. Positions are int32, scores float32; mixed operands become float32.
+
+    In `env`, `score` and `k_pos` have `lanes` lanes, the others are the same for all keys.
+    """
     if isinstance(e, scalar.Const):
         return splat(T.float32(e.value) if isinstance(e.value, float) else T.int32(e.value), lanes)
+    if isinstance(e, (scalar.Var, scalar.Load)) and lanes > 1 and not e.variables() & {"score", "k_pos"}:
+        return bind(splat(emit_expr(e, env, tables, 1), lanes))
     if isinstance(e, scalar.Var):
         return env[e.name]
     if isinstance(e, scalar.Load):

@@ -17,7 +17,7 @@ from tests.targets.single import STORED, aligned
 
 COLUMNS = 24
 #: New tokens of each sequence, and its tokens in all: short and long, within a block and across many.
-COUNTS, LENS = (1, 40, 3, 1, 9, 1), (700, 53, 640, 18, 300, 257)
+COUNTS, LENS = (1, 40, 3, 1, 9, 1, 33, 4), (700, 53, 640, 18, 300, 257, 33, 4)
 GPU_CASES = {**CASES, "f16": Case(dtype=DType.F16, k_dim=32, v_dim=32),
              "window_bf16": replace(CASES["window"], dtype=DType.BF16), "wide_bf16": replace(CASES["wide"], dtype=DType.BF16)}
 

@@ -16,12 +16,16 @@ TOKENS = Sym("tokens", 64)
 SEQS = Sym("seqs", 8)
 COLUMNS, BLOCK = 4, 32
 Q, K, SCORE, HEAD = Var("q_pos"), Var("k_pos"), Var("score"), Var("head")
+PREFIX, DOCUMENT = Load("t2", Var("token")), Load("t3", Var("token"))
 CAUSAL, START = K <= Q, Const(0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A variant and the sizes it runs at. Table t0 holds one number a head, t1 one a position."""
+    """A variant and the sizes it runs at. Table t0 holds one number a head, t1 one a position.
+
+    Of each query token, t2 has the length of its sequence's prefix, and t3 a position that is not after its own.
+    """
 
     heads: int = 4
     kv_heads: int = 2
@@ -31,6 +35,7 @@ class Case:
     score: Expr = SCORE
     visible: Expr = CAUSAL
     first: Expr = START
+    last: Expr = Q
     sink: int = -1
     latent: bool = False
 
@@ -56,6 +61,9 @@ CASES = {
     "select_mixed": Case(score=SCORE + select(call("lt", K, 4), 1, 0.25)),
     "latent": Case(4, 1, 40, 32, latent=True), "latent_bf16": Case(12, 1, 96, 64, DType.BF16, latent=True),
     "latent_odd": Case(3, 1, 22, 12, DType.BF16, latent=True), "latent_all": Case(2, 2, 32, 32, latent=True),
+    "prefix": Case(visible=K <= maximum(Q, PREFIX - 1), last=maximum(Q, PREFIX - 1)),
+    "prefix_bf16": Case(visible=K <= maximum(Q, PREFIX - 1), last=maximum(Q, PREFIX - 1), dtype=DType.BF16, k_dim=32, v_dim=32),
+    "documents": Case(visible=CAUSAL & (K >= DOCUMENT), first=DOCUMENT),
     "even_heads_see_all": Case(visible=CAUSAL & (call("eq", HEAD % 2, 0) | (Q - K < 3))),
 }
 
@@ -72,9 +80,10 @@ def body(case: Case, columns: int = COLUMNS) -> Callable[[Builder], Sequence[Val
         state = b.input("state", case.state)
         steps = (b.input("seq_starts", tensor(Affine(SEQS, 1, 1), dtype=i32)),
                  b.input("kv_lens", tensor(SEQS, dtype=i32)), b.input("block_tables", tensor(SEQS, columns, dtype=i32)))
-        tables = (b.input("t0", tensor(case.heads)), b.input("t1", tensor(columns * BLOCK)))
+        tables = (b.input("t0", tensor(case.heads)), b.input("t1", tensor(columns * BLOCK)),
+                  b.input("t2", tensor(TOKENS, dtype=i32)), b.input("t3", tensor(TOKENS, dtype=i32)))
         out = b.emit("paged_attention", q, state, *steps, *tables, scale=case.k_dim**-0.5, score=case.score,
-                     visible=case.visible, first=case.first, sink=case.sink)
+                     visible=case.visible, first=case.first, last=case.last, sink=case.sink)
         flat = b.emit("reshape", out, shape=(TOKENS, case.heads * case.v_dim))
         return [b.emit("cast", flat, dtype=stored)]
 
@@ -96,8 +105,13 @@ class Batch:
         self.tables = rng.permutation(blocks)[:len(lens) * columns].astype(np.int32).reshape(len(lens), columns)
         q = rng.standard_normal((sum(counts), case.heads, case.k_dim)).astype(np.float32)
         self.q = cast_array(q * 2, case.dtype)
+        positions = np.concatenate([np.arange(n - c, n) for n, c in zip(lens, counts, strict=True)])
+        # A prefix ends in a new sequence, or before what comes in this step.
+        prefixes = [n - 3 if n == c else n - c + 1 for n, c in zip(lens, counts, strict=True)]
         self.extra = {"t0": rng.standard_normal(case.heads).astype(np.float32),
-                      "t1": rng.standard_normal(columns * BLOCK).astype(np.float32)}
+                      "t1": rng.standard_normal(columns * BLOCK).astype(np.float32),
+                      "t2": np.repeat(prefixes, counts).astype(np.int32),
+                      "t3": rng.integers(0, positions + 1).astype(np.int32)}
 
     def inputs(self) -> dict[str, object]:
         return {"q": self.q, "seq_starts": self.starts, "kv_lens": self.lens,
@@ -107,5 +121,6 @@ class Batch:
         """A single token of a sequence, as if nothing else were there."""
         row = self.starts[seq] + token
         length = self.lens[seq] - (self.starts[seq + 1] - row) + 1
-        return self.inputs() | {"q": self.q[row:row + 1], "seq_starts": np.array([0, 1], np.int32),
+        mine = {name: self.extra[name][row:row + 1] for name in ("t2", "t3")}
+        return self.inputs() | mine | {"q": self.q[row:row + 1], "seq_starts": np.array([0, 1], np.int32),
                                 "kv_lens": np.array([length], np.int32), "block_tables": self.tables[seq:seq + 1]}
