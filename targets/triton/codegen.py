@@ -121,7 +121,8 @@ class TritonTarget:
             elif kind == "experts":
                 made.append(Choice((partial(_experts, source, number),)))
             elif kind == "scan":
-                made.append(Choice((partial(_scan, source, number),)))
+                sizes = (0,) if self.batch_invariant else scan.chunks(source)
+                made.append(Choice(tuple(partial(_scan, source, number, c, self.chip.driver) for c in sizes)))
             elif kind == "attention":
                 made += self._decode(source, number, self.decode_tokens(sources))
             else:
@@ -209,8 +210,8 @@ def _experts(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
     return [experts.lower(source, number)], 0
 
 
-def _scan(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
-    return [scan.lower(source, number)], 0
+def _scan(source: KernelSource, number: int, chunk: int, driver: str) -> tuple[list[KernelText], int]:
+    return [scan.lower(source, number, chunk, driver)], 0
 
 
 def _product(matmul: Matmul, config: configs.MatmulConfig, least: int, most: int, reach: int, suffix: str,

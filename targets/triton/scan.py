@@ -1,7 +1,10 @@
-"""Recurrent layers: a program is one sequence's part of the state, which it holds in registers token after token.
+"""Recurrent layers: a program is one sequence's part of the state, which it holds in registers over all of its tokens.
 
-A part is some columns of one head's state, or some channels. Tokens are worked on one after the other, so that a
-sequence's bits do not depend on how it was cut into steps, nor on others.
+A part is some columns of one head's state, or some channels. Tokens are worked on one after the other, or, where many
+are at hand, in chunks: a chunk of linear attention is four products of matrices (and a triangular system for the delta
+rule), one of the elementwise recurrences a scan. What is left of a step after its last whole chunk goes one after the
+other. The two forms differ in their rounding, so kernels whose bits must not depend on how a sequence is cut into
+steps have the first alone. A convolution is the same in both.
 """
 
 from __future__ import annotations
@@ -9,19 +12,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.types import DType, TensorType
 from inferloom.targets.base import KernelSource
 from inferloom.targets.recurrence import Recurrence
 from inferloom.targets.triton.source import KernelText, Writer, next_power_of_2
-from inferloom.targets.triton.values import dims_of, parameter_type, wide_parameters
+from inferloom.targets.triton.values import TL_TYPES, dims_of, parameter_type, wide_parameters
 
 #: Channels of a program, and elements of the state that it holds in registers.
 CHANNELS, HELD = 128, 4096
+#: Channels of a program that holds the states of all tokens of a chunk.
+CHUNK_CHANNELS = 32
+#: Tokens that a convolution works on together.
+TILE = 32
 SEQS = 1
 
 
-def lower(source: KernelSource, number: int) -> KernelText:
-    """The text of a "scan" kernel."""
-    scan = _Scan(source)
+def chunks(source: KernelSource) -> tuple[int, ...]:
+    """Sizes of chunks to choose from, the best first; 0 is token after token, which there always is."""
+    recurrence = Recurrence(source)
+    if recurrence.op == "linear_attention":
+        decay = recurrence.node.operands[7]
+        return (64, 32, 16, 0) if decay is not None and len(dims_of(decay)) == 1 else (0,)
+    return {"linear_recurrence": (64, 0), "selective_scan": (16, 8, 0)}.get(recurrence.op, (0,))
+
+
+def lower(source: KernelSource, number: int, chunk: int, driver: str) -> KernelText:
+    """The text of a "scan" kernel for GPUs of a driver, with chunks of so many tokens (0: none)."""
+    scan = _Scan(source, chunk, driver)
     w = scan.w
     w.line("pid = tl.program_id(0)")
     w.line(f"seq = pid // {scan.parts}")
@@ -36,14 +53,15 @@ def lower(source: KernelSource, number: int) -> KernelText:
     values = [*scan.inputs, scan.out]
     parameters = [*((f"p{i}", parameter_type(v)) for i, v in enumerate(values)), ("dims", "*i32")]
     return KernelText(source.symbol, "scan", number, tuple(w.lines), tuple(parameters), (*range(len(values)), "dims"),
-                      (SEQS, 1, scan.parts), {"num_warps": 4, "num_stages": 1},
+                      (SEQS, 1, scan.parts), {"num_warps": 8 if chunk > 32 else 4, "num_stages": 1},
                       wide=wide_parameters(values, source.layouts))
 
 
 class _Scan(Recurrence):
-    def __init__(self, source: KernelSource) -> None:
+    def __init__(self, source: KernelSource, chunk: int, driver: str) -> None:
         super().__init__(source)
-        self.w = Writer()
+        self.w, self.chunk = Writer(), chunk
+        self.driver = driver
         self.shapes = [dims_of(v) if v is not None else () for v in self.node.operands]
         bodies: dict[str, Callable[[], None]] = {
             "linear_attention": self._linear_attention, "causal_conv1d": self._conv, "selective_scan": self._selective,
@@ -53,12 +71,15 @@ class _Scan(Recurrence):
         self.body = bodies[self.op]
         if self.op == "linear_attention":
             (_, dk), (heads, dv) = self.shapes[4], self.shapes[6]
-            self.columns = min(next_power_of_2(dv), max(1, HELD // next_power_of_2(dk)))
+            least = 16 if self.chunk else 1  # what the matrix unit takes
+            self.rows = max(least, next_power_of_2(dk))
+            self.columns = max(least, min(next_power_of_2(dv), HELD // self.rows))
             self.blocks = -(-dv // self.columns)
             self.parts = heads * self.blocks
         else:
             (channels,) = self.shapes[4]
-            self.columns = min(CHANNELS, next_power_of_2(channels))
+            most = CHUNK_CHANNELS if self.chunk and self.op == "selective_scan" else CHANNELS
+            self.columns = min(most, next_power_of_2(channels))
             self.parts = -(-channels // self.columns)
 
     # -- operands
@@ -90,7 +111,7 @@ class _Scan(Recurrence):
 
     def _linear_attention(self) -> None:
         w, (groups, dk), (heads, dv) = self.w, self.shapes[4], self.shapes[6]
-        rows = next_power_of_2(dk)
+        rows = self.rows
         w.line(f"head = part // {self.blocks}" if self.blocks > 1 else "head = part")
         w.line(f"i = tl.arange(0, {rows})")
         w.line(f"j = tl.arange(0, {self.columns})" + (f" + part % {self.blocks} * {self.columns}" if self.blocks > 1 else ""))
@@ -99,7 +120,8 @@ class _Scan(Recurrence):
         w.line(f"inner = head * {dk * dv} + i[:, None] * {dv} + j[None, :]")
         w.line(f"group = {'head' if groups == heads else f'head * {groups} // {heads}'}")
         self.begin("state", "inner", mask)
-        with w.block("for t in range(begin, end):"):
+        start = self._whole(lambda: self._attention_chunk(deep, broad)) if self.chunk else "begin"
+        with w.block(f"for t in range({start}, end):"):
             for name, operand in (("q", 4), ("k", 5)):
                 w.line(f"{name} = {self.row(operand, f'group * {dk} + i', deep)}")
             w.line(f"u = {self.row(6, f'head * {dv} + j', broad)}")
@@ -114,6 +136,65 @@ class _Scan(Recurrence):
             w.line("state += k[:, None] * u[None, :]")
             self.put(f"head * {dv} + j", "tl.sum(q[:, None] * state, 0)", broad)
         self.leave("state", "inner", mask)
+
+    def _whole(self, body: Callable[[], None]) -> str:
+        """A loop over whole chunks, of which `t` are the tokens; the name of the first token after them."""
+        w = self.w
+        w.line(f"nth = tl.arange(0, {self.chunk})")
+        w.line(f"rest = begin + (end - begin) // {self.chunk} * {self.chunk}")
+        with w.block(f"for at in range(begin, rest, {self.chunk}):"):
+            w.line("t = at + nth")
+            body()
+        return "rest"
+
+    def rows_of(self, operand: int, columns: str, mask: str = "") -> str:
+        """Elements of an operand's rows of the tokens t of a chunk, as they are stored."""
+        address = f"{self.name(operand)} + t[:, None] * {self.layouts[self.place(operand)].ld} + ({columns})[None, :]"
+        return f"tl.load({address}{f', mask=({mask})[None, :], other=0' if mask else ''})"
+
+    def put_rows(self, columns: str, value: str, mask: str) -> None:
+        at = f"p{self.result} + t[:, None] * {self.layouts[self.result].ld} + ({columns})[None, :]"
+        self.w.line(f"tl.store({at}, {value}{f', mask=({mask})[None, :]' if mask else ''})")
+
+    def _dot(self, a: str, b: str, plus: str = "") -> str:
+        """A product in the dtype of the model, float32 ones as three of shorter numbers on NVIDIA's matrix unit."""
+        value = self.inputs[self.place(4)]
+        dtype = value.type.dtype if isinstance(value.type, TensorType) else DType.F32
+        more = f", {plus}" if plus else ""
+        if dtype is DType.F32:
+            return f'tl.dot({a}, {b}{more}, input_precision="{"tf32x3" if self.driver == "cuda" else "ieee"}")'
+        return f"tl.dot(({a}).to({TL_TYPES[dtype]}), ({b}).to({TL_TYPES[dtype]}){more})"
+
+    def _attention_chunk(self, deep: str, broad: str) -> None:
+        """Of a chunk, with S the state before it and G the sums of decays: `p[t, s]` = exp(G[t] - G[s]) for s <= t;
+        o = exp(G) q S + (q k^T * p) u; S = exp(G[-1]) S + k^T (exp(G[-1] - G) u). With the delta rule, u solves
+        u[t] + beta[t] sum(p[t, s] k[t] k[s] u[s], s < t) = beta[t] (v[t] - exp(G[t]) k[t] S), row after row.
+        """
+        w, (_, dk), (_, dv) = self.w, self.shapes[4], self.shapes[6]
+        for name, operand in (("q", 4), ("k", 5)):
+            w.line(f"{name} = {self.rows_of(operand, f'group * {dk} + i', deep)}")
+        w.line(f"u = {self.rows_of(6, f'head * {dv} + j', broad)}.to(tl.float32)")
+        w.line(f"g = tl.cumsum({self.row(7, 'head')}, 0)")
+        w.line("e = tl.exp(g)")
+        w.line("p = tl.exp(tl.where(nth[:, None] >= nth[None, :], g[:, None] - g[None, :], -1e30))")
+        if self.given(8):
+            w.line(f"beta = {self.row(8, 'head')}")
+        if self.node.attrs["delta"]:
+            w.line(f"u = beta[:, None] * (u - e[:, None] * {self._dot('k', 'state')})")
+            w.line(f"a = tl.where(nth[:, None] > nth[None, :], {self._dot('k', 'k.T')} * p, 0) * beta[:, None]")
+            with w.block(f"for r in range(1, {self.chunk}):"):
+                w.line("mine = (nth == r)[:, None]")
+                w.line("before_r = tl.sum(tl.where(mine, a, 0), 0)")
+                w.line("u -= tl.where(mine, tl.sum(before_r[:, None] * u, 0)[None, :], 0)")
+        elif self.given(8):
+            w.line("u *= beta[:, None]")
+        w.line(f"o = e[:, None] * {self._dot('q', 'state')}")
+        w.line(f"p *= {self._dot('q', 'k.T')}")
+        w.line(f"o = {self._dot('p', 'u', 'o')}")
+        self.put_rows(f"head * {dv} + j", "o", broad)
+        w.line(f"last = tl.sum(tl.where(nth == {self.chunk - 1}, g, 0), 0)")
+        w.line("u *= tl.exp(last - g)[:, None]")
+        w.line(f"state = {self._dot('k.T', 'u', 'state * tl.exp(last)')}")
 
     def _channels(self) -> str:
         """Name this program's channels `j`; what masks those past the end."""
@@ -130,14 +211,27 @@ class _Scan(Recurrence):
             w.line(f"bias = {self.fixed(6, 'j', mask)}")
         for i in range(width - 1):
             self.begin(f"x{i}", f"{i * channels} + j", mask and f"({mask})")
-        with w.block("for t in range(begin, end):"):
-            w.line(f"x = {self.row(4, 'j', mask)}")
-            terms = [*(f"x{i} * w{i}" for i in range(width - 1)), f"x * w{width - 1}", *(["bias"] if self.given(6) else [])]
-            self.put("j", " + ".join(terms), mask)
-            for i in range(width - 1):
-                w.line(f"x{i} = {f'x{i + 1}' if i < width - 2 else 'x'}")
+        # Tokens before the step's first are those of the state: x0 is width - 1 before it.
+        w.line(f"nth = tl.arange(0, {TILE})")
+        with w.block(f"for at in range(begin, end, {TILE}):"):
+            for i in range(width):
+                back = width - 1 - i
+                w.line(f"t = at + nth{f' - {back}' if back else ''}")
+                seen = f"((t >= begin) & (t < end))[:, None]{f' & ({mask})[None, :]' if mask else ''}"
+                address = f"{self.name(4)} + t[:, None] * {self.layouts[self.place(4)].ld} + j[None, :]"
+                w.line(f"x = tl.load({address}, mask={seen}, other=0).to(tl.float32)")
+                for old in range(i, width - 1):
+                    w.line(f"x = tl.where((t == begin - {width - 1 - old})[:, None], x{old}[None, :], x)")
+                w.line(f"y = {'y + ' if i else ''}x * w{i}[None, :]")
+            at = f"p{self.result} + t[:, None] * {self.layouts[self.result].ld} + j[None, :]"
+            given = f"(t < end)[:, None]{f' & ({mask})[None, :]' if mask else ''}"
+            w.line(f"tl.store({at}, y{' + bias[None, :]' if self.given(6) else ''}, mask={given})")
         for i in range(width - 1):
-            self.leave(f"x{i}", f"{i * channels} + j", mask)
+            w.line(f"t = end - {width - 1 - i}")
+            w.line(f"x = {self.row(4, 'j', f'(t >= begin) & ({mask})' if mask else 't >= begin')}")
+            for old in range(i, width - 1):
+                w.line(f"x = tl.where(t == begin - {width - 1 - old}, x{old}, x)")
+            self.leave("x", f"{i * channels} + j", mask)
 
     def _selective(self) -> None:
         w, (n, channels) = self.w, self.shapes[6]
@@ -148,7 +242,8 @@ class _Scan(Recurrence):
         w.line(f"inner = i[:, None] * {channels} + j[None, :]")
         w.line(f"a = {self.fixed(6, 'inner', both)}")
         self.begin("state", "inner", both)
-        with w.block("for t in range(begin, end):"):
+        start = self._whole(lambda: self._selective_chunk(deep, mask)) if self.chunk else "begin"
+        with w.block(f"for t in range({start}, end):"):
             for name, operand in (("x", 4), ("dt", 5)):
                 w.line(f"{name} = {self.row(operand, 'j', mask)}")
             for name, operand in (("b", 7), ("c", 8)):
@@ -156,6 +251,29 @@ class _Scan(Recurrence):
             w.line("state = tl.exp(dt[None, :] * a) * state + (dt * x)[None, :] * b[:, None]")
             self.put("j", "tl.sum(state * c[:, None], 0)", mask)
         self.leave("state", "inner", both)
+
+    def _selective_chunk(self, deep: str, mask: str) -> None:
+        """The states after each token of a chunk [tokens, n, channels] as a scan of (factor, summand)."""
+        w = self.w
+        for name, operand in (("x", 4), ("dt", 5)):
+            w.line(f"{name} = {self.rows_of(operand, 'j', mask)}.to(tl.float32)")
+        for name, operand in (("b", 7), ("read", 8)):
+            w.line(f"{name} = {self.rows_of(operand, 'i', deep)}.to(tl.float32)")
+        w.line("keep = tl.exp(dt[:, None, :] * a[None, :, :])")
+        w.line("add = (dt * x)[:, None, :] * b[:, :, None]")
+        w.line("add = tl.where(nth[:, None, None] == 0, keep * state[None, :, :] + add, add)")
+        w.line("_, held = tl.associative_scan((keep, add), 0, compose)")
+        self.put_rows("j", "tl.sum(held * read[:, :, None], 1)", mask)
+        w.line(f"state = tl.sum(tl.where(nth[:, None, None] == {self.chunk - 1}, held, 0), 0)")
+
+    def _linear_chunk(self, mask: str) -> None:
+        w = self.w
+        w.line(f"keep = {self.rows_of(5, 'j', mask)}.to(tl.float32)")
+        w.line(f"add = {self.rows_of(4, 'j', mask)}.to(tl.float32)")
+        w.line("add = tl.where(nth[:, None] == 0, keep * state[None, :] + add, add)")
+        w.line("_, held = tl.associative_scan((keep, add), 0, compose)")
+        self.put_rows("j", "held", mask)
+        w.line(f"state = tl.sum(tl.where(nth[:, None] == {self.chunk - 1}, held, 0), 0)")
 
     def _wkv(self) -> None:
         w, (channels,), mask = self.w, self.shapes[6], self._channels()
@@ -184,7 +302,8 @@ class _Scan(Recurrence):
     def _linear(self) -> None:
         mask = self._channels()
         self.begin("state", "j", mask and f"({mask})")
-        with self.w.block("for t in range(begin, end):"):
+        start = self._whole(lambda: self._linear_chunk(mask)) if self.chunk else "begin"
+        with self.w.block(f"for t in range({start}, end):"):
             self.w.line(f"state = {self.row(5, 'j', mask)} * state + {self.row(4, 'j', mask)}")
             self.put("j", "state", mask)
         self.leave("state", "j", mask)

@@ -28,6 +28,12 @@ REDUCTIONS = ("rms_norm", "layer_norm", "sum", "mean", "max", "topk")
 #: Functions that generated files begin with, beyond what Triton has.
 PRELUDE = '''
 @triton.jit
+def compose(a, x, b, y):
+    # (b, y) after (a, x), each the map h -> factor * h + summand.
+    return a * b, b * x + y
+
+
+@triton.jit
 def tanh(x):
     # Through exp of a negative number, which cannot overflow.
     t = tl.exp(-2.0 * tl.abs(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,19 @@ class Shuffled(Kernels):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Shuffled("scan", BODIES, tmp_path_factory.mktemp("scans"))
+    return Shuffled("scan", BODIES, tmp_path_factory.mktemp("scans"), batch_invariant=True)
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_ragged_batches_in_one_step_and_in_two(kernels: Kernels, name: str) -> None:
     check(kernels, name)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("name", ["ssd", "ssd_bf16", "delta", "beta", "selective_odd", "linear", "conv_odd"])
+def test_chunks_of_tokens(name: str, level: int, tmp_path: Path) -> None:
+    """Long sequences by chunks, and what is left after the last whole one."""
+    kernels = Shuffled("scan", {name: BODIES[name]}, tmp_path, level=level)
+    (kernel,) = kernels.picked.kernels
+    assert ("rest" in kernel.text()) == (not name.startswith("conv") and not (level and name in ("selective_odd", "linear")))
+    check(kernels, name, counts=(70, 1, 150, 3), exact=name.startswith("conv"))
