@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from inferloom.compiler.attention import latent
+from inferloom.compiler.attention import differential, latent
 from inferloom.compiler.passes import (
     bind_dims,
     canonicalize,
@@ -83,6 +83,7 @@ def steps(options: Options) -> tuple[Step, ...]:
              "needs one shared input value, so it follows cse"),
         Step("canonicalize-2", canonicalize.run, "model", "merging leaves slices and reshapes behind"),
         Step("cse-2", cse.run, "model", "recognised ops may have become equal"),
+        Step("pair-heads", differential.run, "model", "keys and queries are equal by now where they are the same"),
         Step("dce", dce.run, "model", "what was matched is dead now"),
         *(Step(p.name, p.run, "model", "passes from outside see what was recognised") for p in options.plugins if p.run),
         Step("absorb-latent", latent.run, "model", "looks for the linear that makes keys and values, and nothing else"),

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from inferloom.ir import op as ops
 from inferloom.ir.errors import VerifyError
-from inferloom.ir.types import Sym, Type
+from inferloom.ir.types import DType, Sym, Type
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +105,7 @@ class Builder:
     inputs: list[Value] = field(default_factory=list)
     params: list[Param] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
-    _scalars: dict[tuple[float, str], Value] = field(default_factory=dict)
+    _scalars: dict[tuple[float, DType], Value] = field(default_factory=dict)
 
     def input(self, name: str, type: Type) -> Value:
         value = Value(type, name)
@@ -131,11 +131,11 @@ class Builder:
         """`emit_node` for ops with a single result."""
         return self.emit_node(op, operands, attrs, loc, (name,) if name else ()).result
 
-    def scalar(self, value: float) -> Value:
-        """An f32 scalar constant, made once per builder."""
-        key = (float(value), "f32")
+    def scalar(self, value: float, dtype: DType = DType.F32) -> Value:
+        """A scalar constant, made once per builder."""
+        key = (float(value), dtype)
         if key not in self._scalars:
-            self._scalars[key] = self.emit("constant", value=float(value))
+            self._scalars[key] = self.emit("constant", value=float(value), dtype=dtype)
         return self._scalars[key]
 
     def copy(self, node: Node, operands: Sequence[Value | None]) -> Node:

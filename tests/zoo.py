@@ -135,6 +135,8 @@ ZOO |= {name: (name, _GATED | {"head_dim": 16}) for name in (
     "olmo", "olmo3", "exaone4", "helium", "nemotron", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "glm", "phi",
     "persimmon", "biogpt", "arcee", "bitnet", "vaultgemma", "ministral", "cwm", "jais2", "diffllama", "nanochat")}
 
+ZOO["diffllama_pairs"] = ("diffllama", _GATED | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8})
+
 
 def config(name: str, layers: int = 0) -> Any:
     """A fresh transformers config of one entry, with another (even) number of layers when `layers` is given."""

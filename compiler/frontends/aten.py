@@ -126,9 +126,7 @@ class Importer:
 
     def number(self, value: float, dtype: DType = DType.F32) -> Value:
         """A scalar constant of any element type."""
-        if dtype is DType.F32:
-            return self.builder.scalar(value)
-        return self.builder.emit("constant", value=float(value), dtype=dtype)
+        return self.builder.scalar(value, dtype)
 
     def operands(self, *args: Any) -> tuple[list[Value], tuple[int, ...]]:
         """Operands of an elementwise op (tensors or numbers) made to broadcast, and the result's axes."""

@@ -224,8 +224,13 @@ def repeat(im: Importer, x: Any, repeats: Any) -> Traced:
     x = im.traced(x)
     shape = im.result_shape
     shift = len(shape) - len(x.shape)
-    if any(n != 1 and d != 1 for n, d in zip(repeats[shift:], x.shape)):
-        raise UnsupportedError(f"repeat of {x.type} by {repeats}")
+    for axis, (times, size) in enumerate(zip(repeats[shift:], x.shape)):
+        if times != 1 and size != 1:
+            if not isinstance(size, int):
+                raise UnsupportedError(f"repeat of {x.type} by {repeats}: repeating tokens")
+            x = im.layouts.with_axes(x, [axis])
+            value = im.emit("concat", *[x.value] * times, axis=x.axes.index(axis))
+            x = Traced(value, (*x.shape[:axis], size * times, *x.shape[axis + 1:]), x.axes)
     return expand(im, x)
 
 

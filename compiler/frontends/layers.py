@@ -87,7 +87,7 @@ def _describe(value: Any) -> str:
 class _Skipped(nn.Module):
     """Stands for a layer that is not traced: returns its input in the form that traced layers return."""
 
-    def __init__(self, layer: nn.Module, form: list[int | None]) -> None:
+    def __init__(self, layer: nn.Module, form: list[tuple[type, int] | None]) -> None:
         super().__init__()
         self._layer = [layer]
         self._form = form
@@ -99,17 +99,17 @@ class _Skipped(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        length = self._form[0]
-        return hidden if length is None else (hidden, *(None for _ in range(length - 1)))
+        form = self._form[0]
+        return hidden if form is None else form[0]((hidden, *(None for _ in range(form[1] - 1))))
 
 
 @contextlib.contextmanager
 def skipping(layers: LayerList) -> Iterator[None]:
     """Replace all layers but the traced ones by modules that do nothing; restored on exit."""
-    form: list[int | None] = [None]
+    form: list[tuple[type, int] | None] = [None]
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        form[0] = len(output) if isinstance(output, tuple) else None
+        form[0] = next(((kind, len(output)) for kind in (tuple, list) if isinstance(output, kind)), None)
 
     keep = set(layers.traced())
     originals = list(layers.modules)

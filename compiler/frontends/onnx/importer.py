@@ -245,7 +245,7 @@ class Importer:
         return Traced(self._lifted[key], shape, axes)
 
     def scalar(self, value: float, dtype: DType = DType.F32) -> Value:
-        return self.builder.scalar(value) if dtype is DType.F32 else self.builder.emit("constant", value=value, dtype=dtype)
+        return self.builder.scalar(value, dtype)
 
     def cast(self, x: Traced, dtype: DType) -> Traced:
         return x if x.type.dtype is dtype else Traced(self.emit("cast", x.value, dtype=dtype), x.shape, x.axes)

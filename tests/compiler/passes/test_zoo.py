@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from inferloom.compiler.attention import differential
 from inferloom.compiler.passes import (
     canonicalize,
     cse,
@@ -26,7 +27,7 @@ from inferloom.ir.verify import verify
 from tests import zoo
 
 PASSES = (canonicalize, fold_scalars, cse, recognize_norm, recognize_rotary, recognize_activation, merge_linear,
-          canonicalize, cse, dce)
+          canonicalize, cse, differential, dce)
 QUICK = {"llama", "gemma", "cohere", "gpt_neox"}
 
 #: name -> attentions, rotaries, norms (of either kind), linears, interleaved weights (and biases), of those counted by hand.
@@ -75,8 +76,7 @@ def test_architecture(name: str) -> None:
     found = (count["attention"], count["rotary"], count["rms_norm"] + count["layer_norm"], count["linear"],
              count["interleave"])
     assert found == EXPECTED.get(name, found)
-    each = found[0] // (2 if name == "diffllama" else 1)  # which takes the difference of two attentions
-    assert (found[0] or name in zoo.RECURRENT) and found[1] % 2 == 0 and found[2] > each and found[3] >= 3 * each + 1
+    assert (found[0] or name in zoo.RECURRENT) and found[1] % 2 == 0 and found[2] > found[0] and found[3] >= 3 * found[0] + 1
     assert name in zoo.RECURRENT or not SPELLED_OUT & set(count)
     params = random_params(before, traced.imported.buffers)
     tokens = np.random.default_rng(1).integers(0, 131, 23).astype(np.int32)
