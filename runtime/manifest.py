@@ -288,7 +288,8 @@ def inputs_layout(dims: Dims, tiles: Tiles, state: State) -> tuple[dict[str, tup
     `sharpness` is float32: 1 / temperature of each row of logits.
     `dims` holds the counts of `DIMS`. q_tiles and d_tiles hold one (sequence, first token, count) per attention
     tile; each sequence adds at most one tile that is not full. There are slots and block_tables for each table of keys
-    and values (slots, slots1, ...), and pages (the block to read, the block to write) for each recurrent one.
+    and values (slots, slots1, ...), pages (the block to read, the block to write) for each recurrent one, and the facts
+    that `dims` name.
     block_tables come last, for they may be long.
     """
     tokens, seqs, rows = dims.tokens, dims.seqs, dims.rows
@@ -296,7 +297,8 @@ def inputs_layout(dims: Dims, tiles: Tiles, state: State) -> tuple[dict[str, tup
         "dims": (8,), "tokens": (tokens,), "positions": (tokens,), "seq_starts": (seqs + 1,), "kv_lens": (seqs,),
         **{f"slots{i or ''}": (tokens,) for i in range(state.kv_tables)},
         **{f"pages{i or ''}": (seqs, 2) for i in range(state.recurrent_tables)},
-        **{name: (tokens,) for name in dims.facts}, "logit_rows": (rows,), "sharpness": (rows,), "q_tiles": (tokens // tiles.prefill + seqs, 3), "d_tiles": (seqs, 3),
+        **{name: (tokens,) for name in dims.facts},
+        "logit_rows": (rows,), "sharpness": (rows,), "q_tiles": (tokens // tiles.prefill + seqs, 3), "d_tiles": (seqs, 3),
         **{f"block_tables{i or ''}": (seqs, dims.blocks_per_seq) for i in range(state.kv_tables)},
     }
     layout, offset = {}, 0

@@ -123,7 +123,8 @@ class Scheduler:
                     held.blocks, held.next = [held.next], None
             while self.cache is not None and (len(sequence.keys) + 1) * size <= sequence.computed:
                 at = len(sequence.keys)
-                key = self.cache.key(sequence.keys[-1] if at else self._root(sequence), sequence.tokens[at * size:(at + 1) * size])
+                before = sequence.keys[-1] if at else self._root(sequence)
+                key = self.cache.key(before, sequence.tokens[at * size:(at + 1) * size])
                 sequence.keys.append(key)
                 self.cache.record(sequence.held, at, key, sequence.computed)
 

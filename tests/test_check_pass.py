@@ -140,7 +140,8 @@ def test_the_command_reports_and_exits(tmp_path: Path, monkeypatch: pytest.Monke
     assert not made["ok"] and any(r["name"] == "cpu: pages" and "misses" in r["text"] for r in made["results"])
 
 
-@pytest.mark.parametrize(("name", "pages"), [("prefix-lm", "reads 7 of 7 pages; 7 hold"), ("document-mask", "reads 3 of 7 pages; 3 hold")])
+@pytest.mark.parametrize(("name", "pages"), [("prefix-lm", "reads 7 of 7 pages; 7 hold"),
+                                             ("document-mask", "reads 3 of 7 pages; 3 hold")])
 def test_what_comes_along_is_proved(name: str, pages: str) -> None:
     results = {r.name: r for r in check_pass(name, speed=False)}
     assert all(r.ok in (True, None) for r in results.values())

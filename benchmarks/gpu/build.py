@@ -197,7 +197,7 @@ def _attention(chip: GpuChip, heads: shapes.Heads, variants: int) -> list[Candid
                 texts = (attention.decode(config, tokens), attention.join(config, tokens))
                 scratch = sum(padded(s) for s in attention.scratch_sizes(config, max(DECODE_ROWS, config.m)))
             else:
-                tokens = max(1, config.m // heads_of(source).group)
+                tokens = max(1, config.m // heads_of(source).size)
                 texts = (attention.prefill(config, tokens),)  # type: ignore[assignment]
             about = {"op": op, "heads": [heads.q, heads.kv, heads.dim], "tile_tokens": tokens, "config": changed(config)}
             made.append(Candidate(name, source, texts, scratch, about))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from inferloom.ir.errors import UnsupportedError
 
 Stored = Callable[[Any], Mapping[str, np.ndarray]]
+#: Elements of a tensor that is made without values and is too large to be a buffer.
+LARGE = 2**26
 
 
 def build_skeleton(config: Any, stored: Stored | None = None) -> Any:
@@ -57,19 +60,28 @@ def pin_rope(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules made meanwhile keep their buffers and other tensors, but parameters lose their storage at once."""
-    original = nn.Module.register_parameter
+    """Modules made meanwhile keep their buffers and other tensors, but parameters lose their storage at once.
+
+    What only a parameter can be is never given any: the experts of a large model are one tensor of many gigabytes.
+    """
+    original, empty = nn.Module.register_parameter, torch.empty
+
+    def unallocated(*size: Any, **kwargs: Any) -> torch.Tensor:
+        dims = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size
+        if "size" not in kwargs and math.prod(dims) >= LARGE:
+            kwargs["device"] = "meta"
+        return empty(*size, **kwargs)
 
     def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         original(self, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter, torch.empty = register, unallocated  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter, torch.empty = original, empty  # type: ignore[method-assign]
 
 
 def load_buffers(model: nn.Module, stored: Mapping[str, np.ndarray]) -> None:

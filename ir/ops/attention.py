@@ -12,7 +12,6 @@ from inferloom.ir.expr import Expr, Var
 from inferloom.ir.op import KERNEL, MODEL, SERVING, Tolerance, op
 from inferloom.ir.types import DType, StateType, TensorType, cast_array
 
-
 #: Where the query stands: what it sees last, unless said otherwise.
 Q_POS = Var("q_pos")
 

@@ -1,10 +1,11 @@
 """Paged attention: one family of kernels for prefill and decode.
 
-A program works on a tile of query rows, tokens times the query heads that share a key-value head, and walks the
-keys that they may see; blocks of state that no row sees are never read. Few new tokens of a long sequence (decode)
-would leave the chip idle, so there the keys are split among programs, whose results a second kernel joins. How many
-parts there are depends on the sequence's length alone, and is found on the device. A variant's scalar expressions
-are written into the loop; what does not depend on the key is computed before it.
+A program works on a tile of query rows, tokens times query heads that share a key-value head (all of them, or a part
+where they are too many for its registers), and walks the keys that they may see; blocks of state that no row sees are
+never read. Few new tokens of a long sequence (decode) would leave the chip idle, so there the keys are split among
+programs, whose results a second kernel joins. How many parts there are depends on the sequence's length alone, and is
+found on the device. A variant's scalar expressions are written into the loop; what does not depend on the key is
+computed before it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ LOG2E = 1.4426950408889634
 LOWEST = "-1e30"
 #: Tiles of keys that a split has at least.
 TILES_PER_SPLIT = 4
-#: Query heads of one key-value head, at most.
-MAX_GROUP = 128
+#: Query heads of one key-value head that a program works on, at most: their sums are held in registers.
+MOST_HEADS, MOST_WIDE_HEADS, WIDE = 64, 16, 256
 CAUSAL = scalar.parse("(le k_pos q_pos)")
 
 
@@ -40,17 +41,25 @@ class Heads:
     k_dim: int
     v_dim: int
 
+    @property
+    def size(self) -> int:
+        """Query heads of one program: the largest part of a group that can be."""
+        most = MOST_WIDE_HEADS if self.v_dim > WIDE else MOST_HEADS
+        return next(size for size in range(min(most, self.group), 0, -1) if self.group % size == 0)
+
+    @property
+    def units(self) -> int:
+        """Parts that all query heads are in."""
+        return self.kv * self.group // self.size
+
 
 def heads_of(source: KernelSource) -> Heads:
-    """The heads of an attention source. UnsupportedError where a group is too large."""
+    """The heads of an attention source."""
     node = _node(source)
     q, state = node.operands[:2]
     if q is None or state is None or not isinstance(q.type, TensorType) or not isinstance(state.type, StateType):
         raise TypeError(node)
-    group = int(str(q.type.shape[1])) // state.type.heads
-    if group > MAX_GROUP:
-        raise UnsupportedError(f"{node.loc}: {group} query heads share a key-value head; at most {MAX_GROUP} can on a GPU")
-    return Heads(group, state.type.heads, state.type.k_dim, state.type.v_dim)
+    return Heads(int(str(q.type.shape[1])) // state.type.heads, state.type.heads, state.type.k_dim, state.type.v_dim)
 
 
 def _node(source: KernelSource) -> Node:
@@ -95,18 +104,18 @@ class Attention:
     def prefill(self, config: AttentionConfig, tokens: int) -> KernelText:
         """Tiles of `tokens` tokens from q_tiles."""
         w = Writer()
-        rows = max(16, next_power_of_2(tokens * self.heads.group))
+        rows = max(16, next_power_of_2(tokens * self.heads.size))
         self._begin(w, 3, 1)
         with w.block("if tile < count:"):
             self._queries(w, rows, "q_tiles")
             self._walk(w, rows, config.n, f"low // {config.n} * {config.n}", "high", split=False)
             self._finish(w)
-        return self._text("", w, "q_tiles", (3, 1, self.heads.kv), config, [], rows)
+        return self._text("", w, "q_tiles", (3, 1, self.heads.units), config, [], rows)
 
     def decode(self, config: AttentionConfig, tokens: int) -> KernelText:
         """Parts of sequences from d_tiles, each with at most `tokens` new tokens."""
         w = Writer()
-        rows = max(16, next_power_of_2(tokens * self.heads.group))
+        rows = max(16, next_power_of_2(tokens * self.heads.size))
         self._begin(w, 4, config.splits)
         with w.block("if tile < count:"):
             self._queries(w, rows, "d_tiles")
@@ -118,24 +127,24 @@ class Attention:
                 with w.block("if parts == 1:"):
                     self._finish(w)
                 with w.block("else:"):
-                    w.line(f"cell = ((tile * {self.heads.kv} + kv_head) * {config.splits} + split) * {rows} + r")
+                    w.line(f"cell = ((tile * {self.heads.units} + unit) * {config.splits} + split) * {rows} + r")
                     w.line(f"tl.store(part + cell[:, None].to(tl.int64) * {self.heads.v_dim} + dv[None, :], acc, "
                            f"mask={self._masked('valid[:, None]')})")
                     w.line("tl.store(tops + cell, top, mask=valid)")
                     w.line("tl.store(sums + cell, total, mask=valid)")
         sizes = self.scratch_sizes(config, rows)
-        return self._text("_split", w, "d_tiles", (4, 1, self.heads.kv * config.splits), config,
+        return self._text("_split", w, "d_tiles", (4, 1, self.heads.units * config.splits), config,
                           _offsets(sizes), rows)
 
     def join(self, config: AttentionConfig, tokens: int) -> KernelText:
         """Joins the parts of each row of d_tiles; one program a row."""
         w = Writer()
-        rows = max(16, next_power_of_2(tokens * self.heads.group))
-        used = tokens * self.heads.group
+        rows = max(16, next_power_of_2(tokens * self.heads.size))
+        used = tokens * self.heads.size
         w.line("pid = tl.program_id(0)")
-        w.line(f"tile = pid // {self.heads.kv * used}")
-        w.line(f"kv_head = pid // {used} % {self.heads.kv}")
         w.line(f"one = pid % {used}")
+        w.line(f"pid = pid // {used}")
+        self._unit(w)
         w.line("count = tl.load(dims + 4)")
         with w.block("if tile < count:"):
             self._tile(w, "d_tiles")
@@ -143,10 +152,10 @@ class Attention:
             self._rows(w)
             self._bounds(w)
             self._parts(w, config)
-            with w.block(f"if (parts > 1) & (one < tokens * {self.heads.group}):"):
+            with w.block(f"if (parts > 1) & (one < tokens * {self.heads.size}):"):
                 w.line(f"s = tl.arange(0, {config.splits})")
                 w.line(f"dv = tl.arange(0, {self.dv})")
-                w.line(f"cell = ((tile * {self.heads.kv} + kv_head) * {config.splits} + s) * {rows} + one")
+                w.line(f"cell = ((tile * {self.heads.units} + unit) * {config.splits} + s) * {rows} + one")
                 w.line(f"top = tl.load(tops + cell, mask=s < parts, other={LOWEST})")
                 w.line("total = tl.load(sums + cell, mask=s < parts, other=0)")
                 w.line("weight = tl.exp2(top - tl.max(top, 0))")
@@ -154,19 +163,19 @@ class Attention:
                 w.line(f"o = tl.load(part + cell[:, None].to(tl.int64) * {self.heads.v_dim} + dv[None, :], "
                        f"mask=(s < parts)[:, None]{column}, other=0)")
                 w.line("y = tl.sum(o * weight[:, None], 0) / tl.sum(total * weight, 0)")
-                w.line(f"out = (first + one // {self.heads.group}) * {self.ldo} "
-                       f"+ (kv_head * {self.heads.group} + one % {self.heads.group}) * {self.heads.v_dim}")
+                w.line(f"out = (first + one // {self.heads.size}) * {self.ldo} "
+                       f"+ (unit * {self.heads.size} + one % {self.heads.size}) * {self.heads.v_dim}")
                 w.line(f"tl.store(p{len(self.body.inputs)} + out + dv, "
                        f"y{self._narrow(self.out_type)}{f', mask=dv < {self.heads.v_dim}' if column else ''})")
         sizes = self.scratch_sizes(config, rows)
-        return self._text("_join", w, "d_tiles", (4, 1, self.heads.kv * used), AttentionConfig(1, 1, 4, 1),
+        return self._text("_join", w, "d_tiles", (4, 1, self.heads.units * used), AttentionConfig(1, 1, 4, 1),
                           _offsets(sizes), rows, matrix=False)
 
     def scratch_sizes(self, config: AttentionConfig, rows: int) -> tuple[int, int, int]:
         """Bytes of partial results, of their maxima and of their sums, for the most tiles that a step can have."""
         starts = self.body.inputs[self.inputs[3]].type
         seqs = getattr(starts.shape[0], "bound", 1) if isinstance(starts, TensorType) else 1
-        cells = seqs * self.heads.kv * config.splits * rows
+        cells = seqs * self.heads.units * config.splits * rows
         return cells * self.heads.v_dim * 4, cells * 4, cells * 4
 
     def _text(self, suffix: str, w: Writer, tiles: str, grid: tuple[int, int, int], config: AttentionConfig,
@@ -180,7 +189,7 @@ class Attention:
         parameters += [(tiles, "*i32"), ("dims", "*i32")]
         parameters += list(zip(("part", "tops", "sums"), ["*fp32"] * 3)) if scratch else []
         options = {"num_warps": config.warps, "num_stages": config.stages, **dict(config.extra)}
-        notes = {"rows": f"{rows}: tokens x {self.heads.group} heads", "keys": config.n}
+        notes = {"rows": f"{rows}: tokens x {self.heads.size} heads", "keys": config.n}
         return KernelText(self.source.symbol + suffix, "attention", self.number, tuple(w.lines), tuple(parameters),
                           (*args, tiles, "dims", *scratch), grid, options, wide=self._wide(scratch),
                           notes=notes, expects_matrix=matrix)
@@ -196,9 +205,15 @@ class Attention:
         if splits > 1:
             w.line(f"split = pid % {splits}")
             w.line(f"pid = pid // {splits}")
-        w.line(f"tile = pid // {self.heads.kv}")
-        w.line(f"kv_head = pid % {self.heads.kv}")
+        self._unit(w)
         w.line(f"count = tl.load(dims + {dim})")
+
+    def _unit(self, w: Writer) -> None:
+        """The tile and the heads of program `pid`."""
+        w.line(f"tile = pid // {self.heads.units}")
+        w.line(f"unit = pid % {self.heads.units}")
+        split = self.heads.units // self.heads.kv
+        w.line(f"kv_head = unit // {split}" if split > 1 else "kv_head = unit")
 
     def _tile(self, w: Writer, tiles: str) -> None:
         w.line(f"seq = tl.load({tiles} + tile * 3)")
@@ -209,18 +224,18 @@ class Attention:
 
     def _rows(self, w: Writer) -> None:
         """Token, position and head of each row; rows beyond the tile's tokens repeat its last token."""
-        group = self.heads.group
-        w.line(f"mine = tl.minimum(r{f' // {group}' if group > 1 else ''}, tokens - 1)")
+        size = self.heads.size
+        w.line(f"mine = tl.minimum(r{f' // {size}' if size > 1 else ''}, tokens - 1)")
         w.line("q_pos = position + mine")
         if any("token" in self._attr(name).variables() for name in ("score", "visible", "first", "last")):
             w.line("token = first + mine")
-        w.line(f"head = kv_head * {group} + r % {group}" if group > 1 else "head = kv_head + r * 0")
+        w.line(f"head = unit * {size} + r % {size}" if size > 1 else "head = unit + r * 0")
 
     def _queries(self, w: Writer, rows: int, tiles: str) -> None:
         self._tile(w, tiles)
         w.line(f"r = tl.arange(0, {rows})")
         self._rows(w)
-        w.line(f"valid = r < tokens * {self.heads.group}")
+        w.line(f"valid = r < tokens * {self.heads.size}")
         w.line(f"dk = tl.arange(0, {self.dk})")
         w.line(f"dv = tl.arange(0, {self.dv})")
         for i, (column, size, used, start) in enumerate(self.parts_of_key):

@@ -103,7 +103,7 @@ class TritonTarget:
 
     def decode_tokens(self, sources: Sequence[KernelSource]) -> int:
         """New tokens of a sequence that decode attention takes at most."""
-        groups = [heads_of(s).group for s in sources if s.node.attrs["kind"] == "attention"]
+        groups = [heads_of(s).size for s in sources if s.node.attrs["kind"] == "attention"]
         return 0 if self.batch_invariant else max(1, DECODE_ROWS // max(groups, default=1))
 
     def choices(self, sources: Sequence[KernelSource], logits: Logits | None = None) -> list[Choice]:
@@ -147,8 +147,8 @@ class TritonTarget:
     def _prefill(self, sources: Sequence[tuple[int, KernelSource]]) -> Choice:
         """All prefill kernels together: they share their tiles' number of tokens."""
         kernels = [(Attention(s, i), heads_of(s)) for i, s in sources]
-        largest = max(h.group for _, h in kernels)
-        each = [configs.prefill(self.chip, a.dtype, h.group, h.kv, h.k_dim, h.v_dim) for a, h in kernels]
+        largest = max(h.size for _, h in kernels)
+        each = [configs.prefill(self.chip, a.dtype, h.size, h.units, h.k_dim, h.v_dim) for a, h in kernels]
         count = max(len(e) for e in each)
         levels = [[e[min(i, len(e) - 1)] for e in each] for i in range(count)]
         tiles = tuple(max(1, min(c.m for c in level) // largest) for level in levels)
@@ -160,7 +160,7 @@ class TritonTarget:
         if tokens == 0:
             return []
         attention, heads = Attention(source, number), heads_of(source)
-        found = configs.decode(self.chip, attention.dtype, tokens, heads.group, heads.kv, heads.k_dim, heads.v_dim)
+        found = configs.decode(self.chip, attention.dtype, tokens, heads.size, heads.units, heads.k_dim, heads.v_dim)
         return [Choice(tuple(partial(_parts, attention, c, tokens) for c in found))]
 
 

@@ -127,6 +127,8 @@ def prefill(chip: GpuChip, dtype: DType, group: int, kv_heads: int, k_dim: int, 
         sizes = [(64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)]
     elif chip.driver == "hip":
         sizes = [(64 if wide else 128, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)]
+    elif v_dim > 256:
+        sizes = [(64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)]
     else:
         sizes = [(64 if wide else 128, 64, 4 if wide else 8, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2),
                  (16, 32, 4, 1), (16, 16, 4, 1)]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.ops.attention import KVArrays
 from inferloom.ir.types import DType
 from tests.interpreter.single import Kernels
@@ -19,6 +18,8 @@ COLUMNS = 24
 #: New tokens of each sequence, and its tokens in all: short and long, within a block and across many.
 COUNTS, LENS = (1, 40, 3, 1, 9, 1, 33, 4), (700, 53, 640, 18, 300, 257, 33, 4)
 GPU_CASES = {**CASES, "f16": Case(dtype=DType.F16, k_dim=32, v_dim=32),
+             # As in latent attention of large models, whose sums fill the registers with few heads.
+             "latent_wide": Case(32, 1, 288, 272, DType.BF16, latent=True),
              "window_bf16": replace(CASES["window"], dtype=DType.BF16), "wide_bf16": replace(CASES["wide"], dtype=DType.BF16)}
 
 
@@ -91,6 +92,10 @@ def test_pages_that_no_query_sees_are_not_read(tmp_path: Path) -> None:
     assert np.isfinite(got).all()
 
 
-def test_large_groups_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="130 query heads.*at most 128"):
-        Kernels("attention", {"attention": body(Case(130, 1), COLUMNS)}, tmp_path)
+@pytest.mark.parametrize(("heads", "size", "parts"), [(130, 26, 5), (128, 64, 2), (7, 7, 1)])
+def test_large_groups_are_worked_on_in_parts(heads: int, size: int, parts: int, tmp_path: Path) -> None:
+    case = Case(heads, 1, 16, 16, DType.BF16)
+    kernels = Kernels("attention", {"attention": body(case, COLUMNS)}, tmp_path)
+    assert {k.grid[2] % parts for k in kernels.picked.kernels} == {0}
+    assert any(f"x {size} heads" in str(k.notes) for k in kernels.picked.kernels)
+    checked(kernels, case, Batch(case, COLUMNS, LENS[:3], COUNTS[:3]))
