@@ -109,6 +109,7 @@ def _place_states(states: tuple[Value, ...], kernels: Iterable[Node], places: di
     """Place states where page-state has dealt out their tables, and what is written over them at the same place."""
     first: dict[Value, Value] = {v: v for v in states}
     windows: dict[Value, int] = {}
+    by_block: set[Value] = set()
     for node in kernels:
         body = node.attrs["body"]
         if not isinstance(body, Graph):
@@ -118,13 +119,15 @@ def _place_states(states: tuple[Value, ...], kernels: Iterable[Node], places: di
             for result in inner.results:
                 if isinstance(result.type, STATES):
                     first[_required(outer[result])] = first[_required(outer[_required(inner.operands[0])])]
+            if inner.op == "block_means":
+                by_block.add(first[_required(outer[_required(inner.operands[0])])])
             if inner.op == "paged_attention":
                 held, tables = _required(inner.operands[1]), _required(inner.operands[4])
                 if not isinstance(held.type, StateType) or not isinstance(tables.type, TensorType):
                     raise TypeError(inner)
                 longest = held.type.block_tokens * bound(tables.type.shape[1])
                 windows[first[_required(outer[held])]] = window_of(inner.attrs["first"], longest)
-    placed = plan_state([need(v.type, windows.get(v, 0)) for v in states])  # type: ignore[arg-type]
+    placed = plan_state([need(v.type, windows.get(v, 0), v in by_block) for v in states])  # type: ignore[arg-type]
     for value, before in first.items():
         places[value] = Placement("state", placed.places[states.index(before)].offset)
     return placed

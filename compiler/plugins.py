@@ -1,13 +1,16 @@
 """Passes from outside of the project: a Python file, or a name that an installed package offers.
 
 A pass file holds `VARIANT`, a `Variant` of attention that is applied after the built-in ones, or `run(graph, report)`,
-a pass over the model-level graph that runs before variants are; or both. An installed package offers a module that holds
-the same under the entry point group `inferloom.passes`. Nothing runs unless it is asked for by name.
+a pass over the model-level graph that runs before variants are; or both. In place of `VARIANT`, `make(name=default, ...)`
+returns one for the options that are given behind the name, as in `block-sparse:blocks=4,size=64`. An installed package
+offers a module that holds the same under the entry point group `inferloom.passes`. Nothing runs unless it is asked for
+by name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -56,7 +59,26 @@ def source_of(name: str) -> Path:
     return Path(spec.origin)
 
 
-def _load(name: str) -> Plugin:
+def _options(text: str) -> dict[str, int | float | str]:
+    made: dict[str, int | float | str] = {}
+    for part in text.split(",") if text else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise UnsupportedError(f"options of a pass are name=value, separated by commas, not {part!r}")
+        made[key] = next((number for kind in (int, float) if (number := _number(kind, value)) is not None), value)
+    return made
+
+
+def _number(kind: type[int] | type[float], text: str) -> int | float | None:
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def _load(text: str) -> Plugin:
+    head, _, tail = text.rpartition(":")
+    name, options = (head, _options(tail)) if "=" in tail else (text, {})
     path = source_of(name)
     spec = spec_from_file_location(f"inferloom_pass_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -66,10 +88,17 @@ def _load(name: str) -> Plugin:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UnsupportedError(f"pass {name}: {type(error).__name__}: {error}") from error
-    variant, run = getattr(module, "VARIANT", None), getattr(module, "run", None)
+    variant, run, make = (getattr(module, each, None) for each in ("VARIANT", "run", "make"))
+    if options and not callable(make):
+        raise UnsupportedError(f"pass {name}: {path} has no make(), so it takes no options")
+    if callable(make):
+        try:
+            variant = make(**options)
+        except TypeError as error:
+            raise UnsupportedError(f"pass {name}: {error}; it is called as make{inspect.signature(make)}") from None
     if variant is not None and not isinstance(variant, Variant):
         raise UnsupportedError(f"pass {name}: VARIANT must be an inferloom.compiler.attention.Variant, not {variant!r}")
     if variant is None and not callable(run):
         raise UnsupportedError(f"pass {name}: {path} holds neither VARIANT nor run(graph, report)")
-    return Plugin(path.stem if name.endswith(".py") else name, hashlib.sha256(path.read_bytes()).hexdigest(), module, variant,
-                  run)
+    label = (path.stem if name.endswith(".py") else name) + (f":{tail}" if options else "")
+    return Plugin(label, hashlib.sha256(path.read_bytes()).hexdigest(), module, variant, run)

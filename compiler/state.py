@@ -33,10 +33,10 @@ class Need:
     window: int = 0
 
 
-def need(type: StateType | RecurrentType, window: int = 0) -> Need:
-    """What a layer's state needs; `window` as `window_of` gives it."""
+def need(type: StateType | RecurrentType, window: int = 0, by_block: bool = False) -> Need:
+    """What a layer's state needs; `window` as `window_of` gives it. `by_block`: a page for each block of tokens."""
     if isinstance(type, RecurrentType):
-        return Need(_align(type.bytes), RECURRENT)
+        return Need(_align(type.bytes), PAGED if by_block else RECURRENT)
     return Need(_align(type.bytes_per_block), WINDOW if window else PAGED, window)
 
 

@@ -137,4 +137,4 @@ def _written(node: Node) -> Iterator[Value]:
         inside = {v for n in body.nodes for v in _written(n)}
         yield from (outer for outer, inner in zip(node.operands, body.inputs) if outer is not None and inner in inside)
     elif any(isinstance(v.type, STATES) for v in node.results):
-        yield from (v for v in node.operands if v is not None and isinstance(v.type, STATES))
+        yield from (v for v in node.operands[:1] if v is not None and isinstance(v.type, STATES))  # others are only read

@@ -141,8 +141,23 @@ def test_the_command_reports_and_exits(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("name", "pages"), [("prefix-lm", "reads 7 of 7 pages; 7 hold"),
-                                             ("document-mask", "reads 3 of 7 pages; 3 hold")])
+                                             ("document-mask", "reads 3 of 7 pages; 3 hold"),
+                                             ("block-sparse:blocks=2,size=16", "chooses its pages")])
 def test_what_comes_along_is_proved(name: str, pages: str) -> None:
     results = {r.name: r for r in check_pass(name, speed=False)}
     assert all(r.ok in (True, None) for r in results.values())
     assert pages in results["cpu: pages"].text and pages in results["gpu: pages"].text
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("block-sparse:blocks=2,sizes=16", "unexpected keyword argument 'sizes'; it is called as make"),
+    ("block-sparse:blocks=2,16", "name=value"), ("prefix-lm:length=3", "takes no options"),
+])
+def test_options_that_are_wrong(name: str, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        plugins.load([name])
+
+
+def test_blocks_of_another_size(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="have 64 keys, those of the cache 16 tokens: compile with block_tokens=64"):
+        check_pass("block-sparse:size=64", gpu=False, speed=False)

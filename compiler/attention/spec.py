@@ -26,6 +26,9 @@ class AttentionSpec:
     last: Expr = Q_POS
     tables: tuple[Value, ...] = ()
     sink: int = -1
+    #: With `blocks`, a query reads its own block of `block` keys and the `blocks` earlier ones that it meets best.
+    block: int = 0
+    blocks: int = 0
 
     def see_only(self, visible: Expr, first: Expr) -> AttentionSpec:
         """Narrow what a query sees; `first` bounds the range from below."""

@@ -23,6 +23,7 @@ from inferloom.ir.types import STATES, DType, TensorType
 
 NAME = "group-kernels"
 ANCHORS = {"packed_linear": "matmul", "packed_expert_linear": "experts", "paged_attention": "attention",
+           "block_means": "blocks", "block_scores": "blocks",
            **dict.fromkeys((PAGED + name for name in STATE_OF), "scan")}
 _VIEWS = ("reshape", "cast")
 
@@ -134,8 +135,8 @@ class _Grouping:
             self.report.fused(f"{node.op} into the {group.kind} before it", node.loc)
 
     def _why_not(self, group: _Group, anchor: Node, node: Node, inside: set[Value]) -> str:
-        if group.kind == "scan":
-            return "a recurrence stores its result as it is"
+        if group.kind in ("scan", "blocks"):
+            return f"the {group.kind} kernel stores its result as it is"
         if group.kind != "matmul":
             if node.op not in _VIEWS:
                 return f"the {group.kind} kernel's epilogue takes only {' and '.join(_VIEWS)}"

@@ -62,7 +62,8 @@ def run(graph: Graph, report: Report, more: Sequence[Variant] = ()) -> Graph:
         lowered = builder.emit_node(
             "flex_attention", (*operands[:3], *meaning.tables),
             {"scale": node.attrs["scale"], "slot": node.attrs["slot"], "v_dim": node.attrs["v_dim"], "score": meaning.score,
-             "visible": meaning.visible, "first": meaning.first, "last": meaning.last, "sink": meaning.sink}, node.loc)
+             "visible": meaning.visible, "first": meaning.first, "last": meaning.last, "sink": meaning.sink,
+             "block": meaning.block, "blocks": meaning.blocks}, node.loc)
         return lowered.results
 
     # Which are asked is only known after the walk.

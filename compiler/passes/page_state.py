@@ -3,6 +3,10 @@
 Before: `%o = flex_attention %q, %k, %v {slot=0, ...}`
 After:  `%s1 = kv_write %state0, %k, %v, %slots; %o = paged_attention %q, %s1, %seq_starts, %kv_lens, %block_tables {...}`
 
+Where queries choose blocks of keys, these have their means beside them:
+After:  `%m1 = block_means %means0, %s1, ...; %b = block_scores %q, %m1, ...; %t, %c = topk %b; %o = paged_attention
+        %q, %s1, ..., %c {chosen=0}`
+
 Before: `%y = causal_conv1d %x, %w {slot=1}`
 After:  `%y, %s1 = paged_causal_conv1d %state1, %seq_starts, %kv_lens, %pages, %x, %w`
 
@@ -35,8 +39,12 @@ def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: 
         raise UnsupportedError(f"two layers claim one state slot: {', '.join(n.loc for n in stateful)}")
     longest = block_tokens * blocks_per_seq
     windows = {slot_of(n): window_of(n.attrs["first"], longest) for n in stateful if n.op == "flex_attention"}
-    placed = plan_state([need(types[slot], windows.get(slot, 0)) for slot in sorted(types)])
     order = sorted(types)
+    choosing = [n for n in stateful if n.attrs.get("blocks")]
+    means = {slot_of(n): Value(_means_type(n, types[slot_of(n)], windows), f"means{slot_of(n)}") for n in choosing}
+    placed = plan_state([*(need(types[slot], windows.get(slot, 0)) for slot in order),
+                         *(need(v.type, by_block=True) for v in means.values())])  # type: ignore[arg-type]
+    means_table = {slot: placed.places[len(order) + i].table for i, slot in enumerate(means)}
     table = {slot: placed.places[i].table for i, slot in enumerate(order)}
     tokens = next(v.type.shape[0] for v in graph.inputs if v.name == "tokens" and isinstance(v.type, TensorType))
     inputs = _Inputs(Sym("seqs", seqs))
@@ -47,7 +55,7 @@ def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: 
         if node.op != "flex_attention" and node.op not in STATE_OF:
             return None
         slot = slot_of(node)
-        attrs = {name: value for name, value in node.attrs.items() if name not in ("slot", "v_dim")}
+        attrs = {name: value for name, value in node.attrs.items() if name not in ("slot", "v_dim", "block", "blocks")}
         if node.op in STATE_OF:
             pages = inputs.get("pages", table[slot], (inputs.seqs, 2))
             made = builder.emit_node(PAGED_OP + node.op, (states[slot], *inputs.ragged(), pages, *operands), attrs, node.loc)
@@ -57,12 +65,22 @@ def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: 
         slots = inputs.get("slots", table[slot], (tokens,))
         written.append(builder.emit("kv_write", states[slot], k, v, slots, loc=node.loc))
         tables = inputs.get("block_tables", table[slot], (inputs.seqs, blocks_per_seq))
+        if slot in means:
+            own = inputs.get("block_tables", means_table[slot], (inputs.seqs, blocks_per_seq))
+            kept = builder.emit("block_means", means[slot], written[-1], *inputs.ragged(), tables, own, loc=node.loc)
+            scores = builder.emit("block_scores", q, kept, *inputs.ragged(), own, block=block_tokens, loc=node.loc)
+            most = min(int(str(node.attrs["blocks"])) + 1, blocks_per_seq)
+            extra.append(builder.emit_node("topk", [scores], {"k": most}, node.loc).results[1])
+            attrs["chosen"] = len(extra) - 1
+            state = written[-1]
+            written.append(kept)
+            return builder.emit_node("paged_attention", (q, state, *inputs.ragged(), tables, *extra), attrs, node.loc).results
         return builder.emit_node("paged_attention", (q, written[-1], *inputs.ragged(), tables, *extra), attrs,
                                  node.loc).results
 
     # Inputs are only known after the walk, and the walk maps only known inputs, so they are added at the end.
     paged = rewrite(graph, visit)
-    return Graph(graph.name, (*paged.inputs, *inputs.made.values(), *states.values()), paged.params, paged.nodes,
+    return Graph(graph.name, (*paged.inputs, *inputs.made.values(), *states.values(), *means.values()), paged.params, paged.nodes,
                  (*paged.outputs, *written))
 
 
@@ -79,6 +97,17 @@ class _Inputs:
 
     def ragged(self) -> tuple[Value, Value]:
         return self.get("seq_starts", 0, (self.seqs + 1,)), self.get("kv_lens", 0, (self.seqs,))
+
+
+def _means_type(node: Node, state: StateType | RecurrentType, windows: dict[int, int]) -> RecurrentType:
+    """Means of blocks of keys. UnsupportedError where blocks of the cache are none to choose from."""
+    block = node.attrs["block"]
+    if not isinstance(state, StateType) or state.latent or windows.get(slot_of(node)):
+        raise UnsupportedError(f"{node.loc}: blocks can only be chosen from keys and values that are all kept")
+    if block != state.block_tokens:
+        raise UnsupportedError(f"{node.loc}: chosen blocks have {block} keys, those of the cache {state.block_tokens} tokens: "
+                               f"compile with block_tokens={block}")
+    return RecurrentType(DType.F32, (state.heads, state.k_dim))
 
 
 def slot_of(node: Node) -> int:

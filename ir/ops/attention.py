@@ -10,6 +10,7 @@ import numpy as np
 from inferloom.ir.errors import VerifyError
 from inferloom.ir.expr import Expr, Var
 from inferloom.ir.op import KERNEL, MODEL, SERVING, Tolerance, op
+from inferloom.ir.ops.sparse import chosen_blocks
 from inferloom.ir.types import DType, StateType, TensorType, cast_array
 
 #: Where the query stands: what it sees last, unless said otherwise.
@@ -53,12 +54,13 @@ def _kv(k: TensorType, v: TensorType | None, v_dim: int) -> Any:
 
 
 def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarray, scale: float, score: Expr,
-                    visible: Expr, tables: tuple[np.ndarray, ...], sink: int = -1, begin: int = 0) -> np.ndarray:
+                    visible: Expr, tables: tuple[np.ndarray, ...], sink: int = -1, begin: int = 0,
+                    chosen: np.ndarray | None = None) -> np.ndarray:
     """One sequence: q [n, H, dk], k [m, Hkv, dk], v [m, Hkv, dv] -> [n, H, dv], all float32.
 
     `score` maps the scaled product `score`, `visible` says which keys a query sees; `tables[sink]`, when
     sink >= 0, holds one extra logit a head that takes part in the softmax and contributes no value. The first
-    query is number `begin` of the step's tokens.
+    query is number `begin` of the step's tokens. Of the keys only those `chosen` [n, Hkv, m] are seen.
     """
     heads = q.shape[1]
     group = heads // k.shape[1]
@@ -69,6 +71,8 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, q_pos: np.ndarr
             "head": np.arange(heads)[:, None, None], "token": np.arange(begin, begin + len(q))[None, :, None]}
     s = np.asarray(score.evaluate(env), np.float32)
     s = np.where(visible.evaluate(env), s, np.float32(-np.inf))
+    if chosen is not None:
+        s = np.where(np.repeat(chosen, group, 1).transpose(1, 0, 2), s, np.float32(-np.inf))
     top = s.max(-1, keepdims=True)
     if sink >= 0:
         top = np.maximum(top, tables[sink][:, None, None])
@@ -125,21 +129,26 @@ class FlexAttention:
     """`attention` whose meaning is spelled out in scalar expressions by its variant passes.
 
     `score`, `visible`, `first`, `last`, `sink` and the tables are those of `paged_attention`. The reference treats
-    all tokens as one sequence that starts at position 0.
+    all tokens as one sequence that starts at position 0. With `blocks`, a query sees only its own block of `block` keys
+    and the `blocks` earlier ones that it meets best (ir/ops/sparse.py).
     """
 
     def infer(q: TensorType, k: TensorType, v: TensorType | None, *tables: TensorType, scale: float, slot: int,  # type: ignore[misc]
               score: Expr, visible: Expr, first: Expr, last: Expr = Q_POS, sink: int = -1,
-              v_dim: int = 0) -> TensorType:
+              block: int = 0, blocks: int = 0, v_dim: int = 0) -> TensorType:
         width = _kv(k, v, v_dim)
         _qkv(q, k.shape[1], k.shape[2])
         if not -1 <= sink < len(tables):
             raise VerifyError(f"sink={sink} names no table")
+        if blocks and (block < 1 or blocks < 0):
+            raise VerifyError(f"blocks={blocks} of block={block} keys make no sense")
         return TensorType(DType.F32, (*q.shape[:2], width))
 
-    def reference(q, k, v, *tables, scale, slot, score, visible, first, last, sink, v_dim):  # type: ignore[no-untyped-def, misc]
+    def reference(q, k, v, *tables, scale, slot, score, visible, first, last, sink, block, blocks, v_dim):  # type: ignore[no-untyped-def, misc]
         v = k[..., :v_dim] if v is None else v
-        return dense_attention(q, k, v, np.arange(q.shape[0]), scale, score, visible, tables, sink)
+        at = np.arange(q.shape[0])
+        chosen = chosen_blocks(q, k, at, block, blocks) if blocks else None
+        return dense_attention(q, k, v, at, scale, score, visible, tables, sink, chosen=chosen)
 
 
 @op("kv_write", levels=(SERVING, KERNEL), tolerance=Tolerance(0.0, 0.0), foldable=False)
@@ -172,20 +181,24 @@ class PagedAttention:
     `block_tables[i]`. `score` and `visible` are scalar expressions over score, q_pos, k_pos, head, token (the
     query's number in the step) and loads from `tables` (t0, t1, ...). `first` and `last` give the first and the last
     key position that a query may see (pages before and after are skipped); a last one beyond the sequence's tokens
-    means its last token. `sink` is the table of extra logits, or -1.
+    means its last token. `sink` is the table of extra logits, or -1; `chosen` the table i32 [tokens, key heads, n] of
+    the blocks (counted from the sequence's first) of which a query sees keys at all, or -1.
     """
 
     def infer(q: TensorType, state: StateType, seq_starts: TensorType, kv_lens: TensorType,  # type: ignore[misc]
               block_tables: TensorType, *tables: TensorType, scale: float, score: Expr, visible: Expr, first: Expr,
-              last: Expr = Q_POS, sink: int = -1) -> TensorType:
+              last: Expr = Q_POS, sink: int = -1, chosen: int = -1) -> TensorType:
         _qkv(q, state.heads, state.k_dim)
         if any(t.dtype is not DType.I32 for t in (seq_starts, kv_lens, block_tables)) or block_tables.rank != 2:
             raise VerifyError("seq_starts, kv_lens and block_tables [seqs, blocks] must be i32")
         if not -1 <= sink < len(tables):
             raise VerifyError(f"sink={sink} names no table")
+        if chosen >= 0 and (chosen >= len(tables) or tables[chosen].dtype is not DType.I32 or tables[chosen].rank != 3
+                            or tables[chosen].shape[1] != state.heads):
+            raise VerifyError(f"chosen={chosen} names no table i32 [tokens, {state.heads}, n]")
         return TensorType(DType.F32, (*q.shape[:2], state.v_dim))
 
-    def reference(q, state, seq_starts, kv_lens, block_tables, *tables, scale, score, visible, first, last, sink):  # type: ignore[no-untyped-def, misc]
+    def reference(q, state, seq_starts, kv_lens, block_tables, *tables, scale, score, visible, first, last, sink, chosen):  # type: ignore[no-untyped-def, misc]
         out = np.zeros((*q.shape[:2], state.v.shape[2]), np.float32)
         per_block = state.type.block_tokens
         for i, length in enumerate(kv_lens):
@@ -193,7 +206,8 @@ class PagedAttention:
             pos = np.arange(length)
             slots = block_tables[i][pos // per_block] * per_block + pos % per_block
             q_pos = np.arange(length - (end - begin), length)
+            named = None if chosen < 0 else (tables[chosen][begin:end, :, :, None] == pos // per_block).any(2)
             out[begin:end] = dense_attention(q[begin:end], state.k[slots], state.v[slots], q_pos, scale, score,
-                                             visible, tables, sink, begin)
+                                             visible, tables, sink, begin, named)
         return out
 

@@ -21,11 +21,12 @@ class Kernel:
     """Run `body` on the operands; its inputs are the operands in order, its outputs the results.
 
     `kind` is the template that generates it: "row" (everything within one token's row), "matmul" (one linear
-    with what surrounds it), "experts" (a linear layer by expert), "attention" or "scan" (a recurrence).
+    with what surrounds it), "experts" (a linear layer by expert), "attention", "scan" (a recurrence) or "blocks"
+    (choosing blocks of keys).
     """
 
     def infer(*operands: Type, kind: str, body: Graph) -> tuple[Type, ...]:  # type: ignore[misc]
-        if kind not in ("row", "matmul", "experts", "attention", "scan"):
+        if kind not in ("row", "matmul", "experts", "attention", "scan", "blocks"):
             raise VerifyError(f"unknown kind of kernel {kind!r}")
         if [v.type for v in body.inputs] != list(operands) or body.params:
             raise VerifyError("operands do not match the body's inputs")

@@ -10,7 +10,7 @@ computed before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
@@ -97,7 +97,19 @@ class Attention:
         self.parts_of_key = [("dk", self.dk, own, self.heads.v_dim if self.state.latent else 0)] if own else []
         if self.state.latent:
             self.parts_of_key.append(("dv", self.dv, self.heads.v_dim, 0))
-        self.sink = int(str(self.node.attrs["sink"]))
+        self.sink, self.chosen = (int(str(self.node.attrs[name])) for name in ("sink", "chosen"))
+        #: Elements between rows of the table of chosen blocks, and blocks that a key head chooses.
+        self.choices = (0, 0)
+        if self.chosen >= 0:
+            _, place, table = self.tables[self.chosen]
+            self.choices = source.layouts[place].ld, int(str(table.type.shape[2]))  # type: ignore[union-attr]
+
+    def fitting(self, found: list[AttentionConfig]) -> list[AttentionConfig]:
+        """The same with tiles of keys that lie in one block, where blocks are chosen."""
+        if self.chosen < 0:
+            return found
+        whole = self.state.block_tokens & -self.state.block_tokens
+        return list(dict.fromkeys(replace(c, n=min(c.n, whole)) for c in found))
 
     # -- the three kernels
 
@@ -288,7 +300,13 @@ class Attention:
         for e in (score, visible):
             self._hoist(w, e, env)
         # A walk over keys that all rows see needs no mask, then comes the rest.
-        plain = visible == CAUSAL and not split
+        plain = visible == CAUSAL and not split and self.chosen < 0
+        if self.chosen >= 0:
+            _, place, _ = self.tables[self.chosen]
+            ld, count = self.choices
+            w.line(f"nth = tl.arange(0, {next_power_of_2(count)})")
+            w.line(f"choices = tl.load(p{place} + ((first + mine) * {ld} + kv_head * {count})[:, None] + nth[None, :], "
+                   f"mask=(nth < {count})[None, :], other=-1)")
         if plain:
             w.line(f"whole = tl.maximum((position + 1) // {n} * {n}, {begin})")
             spans = [(begin, "whole", False), ("whole", end, True)]
@@ -296,7 +314,12 @@ class Attention:
             spans = [(begin, end, True)]
         for start, stop, masked in spans:
             with w.block(f"for at in range({start}, {stop}, {n}):"):
-                self._step(w, base, n, score, visible if masked else None, env, end)
+                if self.chosen < 0:
+                    self._step(w, base, n, score, visible if masked else None, env, end)
+                    continue
+                w.line(f"named = tl.sum((choices == at // {self.state.block_tokens}).to(tl.int32), 1) > 0")
+                with w.block("if tl.max(named.to(tl.int32), 0) > 0:"):
+                    self._step(w, base, n, score, visible if masked else None, env, end)
 
     def _step(self, w: Writer, base: str, n: int, score: scalar.Expr, visible: scalar.Expr | None,
               env: dict[str, str], end: str) -> None:
@@ -325,6 +348,8 @@ class Attention:
                 seen = f"({seen}) & (k_pos < {end})[None, :]"
             elif not _bounded(visible):
                 seen = f"({seen}) & (k_pos < high)[None, :]"
+            if self.chosen >= 0:
+                seen = f"({seen}) & named[:, None]"
             w.line(f"s = tl.where({seen}, s, {LOWEST})")
         w.line("new = tl.maximum(top, tl.max(s, 1))")
         w.line("shrink = tl.exp2(top - new)")

@@ -24,7 +24,7 @@ from inferloom.targets.base import (
 )
 from inferloom.targets.chips import GpuChip
 from inferloom.targets.link import link_shared
-from inferloom.targets.triton import configs, experts, rows, sampling, scan
+from inferloom.targets.triton import blocks, configs, experts, rows, sampling, scan
 from inferloom.targets.triton.aot import Binary, Compiler, module_text, violations
 from inferloom.targets.triton.attention import Attention, heads_of, padded
 from inferloom.targets.triton.matmul import Matmul
@@ -120,6 +120,8 @@ class TritonTarget:
                 made += self._matmul(source, number)
             elif kind == "experts":
                 made.append(Choice((partial(_experts, source, number),)))
+            elif kind == "blocks":
+                made.append(Choice((partial(_blocks, source, number),)))
             elif kind == "scan":
                 sizes = (0,) if self.batch_invariant else scan.chunks(source)
                 made.append(Choice(tuple(partial(_scan, source, number, c, self.chip.driver) for c in sizes)))
@@ -148,7 +150,7 @@ class TritonTarget:
         """All prefill kernels together: they share their tiles' number of tokens."""
         kernels = [(Attention(s, i), heads_of(s)) for i, s in sources]
         largest = max(h.size for _, h in kernels)
-        each = [configs.prefill(self.chip, a.dtype, h.size, h.units, h.k_dim, h.v_dim) for a, h in kernels]
+        each = [a.fitting(configs.prefill(self.chip, a.dtype, h.size, h.units, h.k_dim, h.v_dim)) for a, h in kernels]
         count = max(len(e) for e in each)
         levels = [[e[min(i, len(e) - 1)] for e in each] for i in range(count)]
         tiles = tuple(max(1, min(c.m for c in level) // largest) for level in levels)
@@ -161,7 +163,7 @@ class TritonTarget:
             return []
         attention, heads = Attention(source, number), heads_of(source)
         found = configs.decode(self.chip, attention.dtype, tokens, heads.size, heads.units, heads.k_dim, heads.v_dim)
-        return [Choice(tuple(partial(_parts, attention, c, tokens) for c in found))]
+        return [Choice(tuple(partial(_parts, attention, c, tokens) for c in attention.fitting(found)))]
 
 
 def info(kernel: KernelText, file: str, binary: Binary) -> KernelInfo:
@@ -208,6 +210,10 @@ def _row(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
 
 def _experts(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
     return [experts.lower(source, number)], 0
+
+
+def _blocks(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
+    return [blocks.lower(source, number)], 0
 
 
 def _scan(source: KernelSource, number: int, chunk: int, driver: str) -> tuple[list[KernelText], int]:

@@ -88,6 +88,11 @@ class _Attention:
         self.columns = int(str(tables.type.shape[1])) if isinstance(tables.type, TensorType) else 0
         self.stride = source.layouts[inputs[1]].block_stride // self.state.dtype.itemsize
         self.extra = len(extra)
+        self.chosen = int(str(self.node.attrs["chosen"]))
+        if self.chosen >= 0:
+            table = extra[self.chosen]
+            #: Elements between rows of the table of chosen blocks, and blocks that a key head chooses.
+            self.choices = source.layouts[body.inputs.index(table)].ld, int(str(table.type.shape[2]))  # type: ignore[union-attr]
         self.tokens = max(1, MAX_ROWS // self.size)
 
     def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
@@ -113,6 +118,8 @@ class _Attention:
         lanes = vectors(dv)
         out, top, total = scratch(rows * dv), scratch(rows), scratch(rows * LANES)
         probs, decay = scratch(rows * KEYS), scratch(rows)
+        if self.chosen >= 0:
+            self.named = scratch(self.tokens, "int32")
         # A block that sticks out of the tile repeats its last token, which writes the same values again.
         offsets = [bind(T.min(begin + t, count - 1)) for t in range(self.tokens)]
         where = [{"q_pos": bind(position + o), "token": bind(first + o)} for o in offsets]
@@ -133,12 +140,23 @@ class _Attention:
         with T.serial(0, highest - lowest) as step:
             tile = bind(lowest + step)
             per_block = state.block_tokens // KEYS
-            blockid = bind(self.tables[seq * self.columns + tile // per_block])
-            base = bind(wide(blockid) * self.stride
-                        + wide((head * per_block + tile % per_block) * (KEYS * state.per_token)))
-            self._scores(rows, dk, base, q_heads, where, tile, top, total, probs, decay)
-            values = base if state.latent else bind(base + KEYS * state.k_dim)
-            self._values(rows, dv, lanes, values, probs, decay, out)
+            page = bind(tile // per_block)
+
+            def walk() -> None:
+                blockid = bind(self.tables[seq * self.columns + page])
+                base = bind(wide(blockid) * self.stride
+                            + wide((head * per_block + tile % per_block) * (KEYS * state.per_token)))
+                self._scores(rows, dk, base, q_heads, where, tile, top, total, probs, decay)
+                values = base if state.latent else bind(base + KEYS * state.k_dim)
+                self._values(rows, dv, lanes, values, probs, decay, out)
+
+            if self.chosen < 0:
+                walk()
+            else:
+                self._choose(head, page, where)
+                with T.If(tree([self.named[t] for t in range(self.tokens)], T.max) > 0):
+                    with T.Then():
+                        walk()
         for r in range(rows):
             token = where[r // size]["token"]
             parts = [total[r * LANES + i] for i in range(LANES)]
@@ -149,6 +167,15 @@ class _Attention:
                 if isinstance(self.out.type, TensorType) and self.out.type.dtype is DType.BF16:
                     y = vmath.f32_to_bf16(y, lanes)
                 store(self.result, y, target + i * lanes, lanes)
+
+    def _choose(self, head: Expr, page: Expr, where: list[dict[str, Expr]]) -> None:
+        """Set `named` to 1 for each token that has chosen the page, else to 0."""
+        ld, count = self.choices
+        for t, each in enumerate(where):
+            store(self.named, T.int32(0), T.int32(t), 1)
+            with T.serial(0, count) as j:
+                place = self.extras[self.chosen][each["token"] * ld + head * count + j]
+                store(self.named, T.max(self.named[t], T.Select(T.EQ(place, page), T.int32(1), T.int32(0))), T.int32(t), 1)
 
     def _scores(self, rows: int, dk: int, base: Expr, q_heads: list[Expr], where: list[dict[str, Expr]], tile: Expr,
                 top: Expr, total: Expr, probs: Expr, decay: Expr) -> None:
@@ -164,6 +191,8 @@ class _Attention:
             env = {"score": bind(acc[lane_of(T.int32(r * KEYS), KEYS)] * number(scale, KEYS)), "k_pos": k_pos,
                    "head": q_heads[r % self.size], **where[r // self.size]}
             seen = self._vector("visible", env)
+            if self.chosen >= 0:
+                seen = T.And(seen, splat(self.named[r // self.size], KEYS) > splat(T.int32(0), KEYS))
             score = bind(T.Select(seen, _float(self._vector("score", env), KEYS), number(LOWEST, KEYS)))
             lowered = scratch(KEYS)
             store(lowered, score, T.int32(0), KEYS)

@@ -11,7 +11,7 @@ from inferloom.ir.types import DType
 from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress, expert_counts
 from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared
-from inferloom.targets.tvm import attention, experts, matmul, rows, scan
+from inferloom.targets.tvm import attention, blocks, experts, matmul, rows, scan
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.toolchain import compile_object
 
@@ -48,6 +48,8 @@ class CpuTarget:
                 fn, grid, args = matmul.lower(source, isa)
             elif kind == "scan":
                 fn, grid, args = scan.lower(source)
+            elif kind == "blocks":
+                fn, grid, args = blocks.lower(source)
             elif kind == "experts":
                 fn, grid, args = experts.lower(source, isa)
             elif kind == "attention":

@@ -92,6 +92,17 @@ def test_pages_that_no_query_sees_are_not_read(tmp_path: Path) -> None:
     assert np.isfinite(got).all()
 
 
+def test_blocks_that_nobody_chose_are_not_read(tmp_path: Path) -> None:
+    case = GPU_CASES["chosen"]
+    kernels = Kernels("attention", {"attention": body(case, COLUMNS)}, tmp_path)
+    batch = Batch(case, COLUMNS, LENS, COUNTS)
+    want = checked(kernels, case, batch)
+    batch.spoil_blocks_that_nobody_chose(case)
+    (got,) = kernels.run("attention", batch.inputs() | {"state": pack(batch.state, batch.state.type.bytes_per_block + 128)},
+                         {"tokens": len(batch.q), "seqs": len(batch.lens)})
+    assert np.array_equal(got, want)
+
+
 @pytest.mark.parametrize(("heads", "size", "parts"), [(130, 26, 5), (128, 64, 2), (7, 7, 1)])
 def test_large_groups_are_worked_on_in_parts(heads: int, size: int, parts: int, tmp_path: Path) -> None:
     case = Case(heads, 1, 16, 16, DType.BF16)

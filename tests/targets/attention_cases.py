@@ -24,7 +24,8 @@ CAUSAL, START = K <= Q, Const(0)
 class Case:
     """A variant and the sizes it runs at. Table t0 holds one number a head, t1 one a position.
 
-    Of each query token, t2 has the length of its sequence's prefix, and t3 a position that is not after its own.
+    Of each query token, t2 has the length of its sequence's prefix, t3 a position that is not after its own, and t4 for
+    each key head its own block and two others.
     """
 
     heads: int = 4
@@ -37,6 +38,7 @@ class Case:
     first: Expr = START
     last: Expr = Q
     sink: int = -1
+    chosen: int = -1
     latent: bool = False
 
     @property
@@ -63,6 +65,7 @@ CASES = {
     "latent_odd": Case(3, 1, 22, 12, DType.BF16, latent=True), "latent_all": Case(2, 2, 32, 32, latent=True),
     "prefix": Case(visible=K <= maximum(Q, PREFIX - 1), last=maximum(Q, PREFIX - 1)),
     "prefix_bf16": Case(visible=K <= maximum(Q, PREFIX - 1), last=maximum(Q, PREFIX - 1), dtype=DType.BF16, k_dim=32, v_dim=32),
+    "chosen": Case(chosen=4), "chosen_bf16": Case(9, 3, 32, 32, DType.BF16, chosen=4),
     "documents": Case(visible=CAUSAL & (K >= DOCUMENT), first=DOCUMENT),
     "even_heads_see_all": Case(visible=CAUSAL & (call("eq", HEAD % 2, 0) | (Q - K < 3))),
 }
@@ -81,9 +84,10 @@ def body(case: Case, columns: int = COLUMNS) -> Callable[[Builder], Sequence[Val
         steps = (b.input("seq_starts", tensor(Affine(SEQS, 1, 1), dtype=i32)),
                  b.input("kv_lens", tensor(SEQS, dtype=i32)), b.input("block_tables", tensor(SEQS, columns, dtype=i32)))
         tables = (b.input("t0", tensor(case.heads)), b.input("t1", tensor(columns * BLOCK)),
-                  b.input("t2", tensor(TOKENS, dtype=i32)), b.input("t3", tensor(TOKENS, dtype=i32)))
+                  b.input("t2", tensor(TOKENS, dtype=i32)), b.input("t3", tensor(TOKENS, dtype=i32)),
+                  b.input("t4", tensor(TOKENS, case.kv_heads, 3, dtype=i32)))
         out = b.emit("paged_attention", q, state, *steps, *tables, scale=case.k_dim**-0.5, score=case.score,
-                     visible=case.visible, first=case.first, last=case.last, sink=case.sink)
+                     visible=case.visible, first=case.first, last=case.last, sink=case.sink, chosen=case.chosen)
         flat = b.emit("reshape", out, shape=(TOKENS, case.heads * case.v_dim))
         return [b.emit("cast", flat, dtype=stored)]
 
@@ -112,6 +116,8 @@ class Batch:
                       "t1": rng.standard_normal(columns * BLOCK).astype(np.float32),
                       "t2": np.repeat(prefixes, counts).astype(np.int32),
                       "t3": rng.integers(0, positions + 1).astype(np.int32)}
+        self.extra["t4"] = rng.integers(0, columns, (len(positions), case.kv_heads, 3)).astype(np.int32)
+        self.extra["t4"][:, :, 1] = positions[:, None] // BLOCK
 
     def inputs(self) -> dict[str, object]:
         return {"q": self.q, "seq_starts": self.starts, "kv_lens": self.lens,
@@ -121,6 +127,14 @@ class Batch:
         """A single token of a sequence, as if nothing else were there."""
         row = self.starts[seq] + token
         length = self.lens[seq] - (self.starts[seq + 1] - row) + 1
-        mine = {name: self.extra[name][row:row + 1] for name in ("t2", "t3")}
+        mine = {name: self.extra[name][row:row + 1] for name in ("t2", "t3", "t4")}
         return self.inputs() | mine | {"q": self.q[row:row + 1], "seq_starts": np.array([0, 1], np.int32),
                                 "kv_lens": np.array([length], np.int32), "block_tables": self.tables[seq:seq + 1]}
+
+    def spoil_blocks_that_nobody_chose(self, case: Case) -> None:
+        """Fill them with NaN, which shows in the result if they are read."""
+        for i, table in enumerate(self.tables):
+            named = set(self.extra["t4"][self.starts[i]:self.starts[i + 1]].reshape(-1).tolist())
+            for column in set(range(len(table))) - named:
+                slots = slice(table[column] * BLOCK, (table[column] + 1) * BLOCK)
+                self.state.k[slots] = self.state.v[slots] = np.nan

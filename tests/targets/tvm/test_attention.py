@@ -14,7 +14,8 @@ from tests.targets.single import STORED, aligned
 from tests.targets.tvm.bodies import Kernels
 
 #: An attention kernel takes LLVM seconds.
-QUICK = {"causal", "bf16", "odd_bf16", "many_queries_of_one_key", "unclamped_window", "alibi", "sinks_window"}
+QUICK = {"causal", "bf16", "odd_bf16", "many_queries_of_one_key", "unclamped_window", "alibi", "sinks_window", "chosen",
+         "documents", "prefix"}
 
 
 def pack(held: KVArrays, stride: int) -> np.ndarray:
@@ -64,3 +65,13 @@ def test_query_heads_are_split() -> None:
     """A chunk for each key head, and for every eight query heads that share one."""
     mult = {name: compiled(name).infos[name].grid.mult for name in ("causal", "many_queries_of_one_key")}
     assert mult == {"causal": 2, "many_queries_of_one_key": 3}
+
+
+def test_blocks_that_nobody_chose_are_not_read() -> None:
+    case, batch = CASES["chosen"], Batch(CASES["chosen"])
+    counts, more = {"tokens": len(batch.q), "seqs": 3}, {"q_tiles": tiles(batch.starts)}
+    stride = batch.state.type.bytes_per_block + 128
+    (want,) = compiled("chosen").run("chosen", batch.inputs() | {"state": pack(batch.state, stride)}, counts, more)
+    batch.spoil_blocks_that_nobody_chose(case)
+    (got,) = compiled("chosen").run("chosen", batch.inputs() | {"state": pack(batch.state, stride)}, counts, more)
+    assert np.array_equal(got, want)
