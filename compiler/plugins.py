@@ -42,6 +42,12 @@ def load(names: Sequence[str]) -> tuple[Plugin, ...]:
     return tuple(_load(name) for name in names)
 
 
+def split(text: str) -> tuple[str, str]:
+    """Where a pass is, and the options that it is given: `block-sparse` and `blocks=4` of `block-sparse:blocks=4`."""
+    head, _, tail = text.rpartition(":")
+    return (head, tail) if "=" in tail else (text, "")
+
+
 def source_of(name: str) -> Path:
     """The file that a pass is in. UnsupportedError when there is none."""
     if name.endswith(".py"):
@@ -77,9 +83,8 @@ def _number(kind: type[int] | type[float], text: str) -> int | float | None:
 
 
 def _load(text: str) -> Plugin:
-    head, _, tail = text.rpartition(":")
-    name, options = (head, _options(tail)) if "=" in tail else (text, {})
-    path = source_of(name)
+    name, given = split(text)
+    options, path = _options(given), source_of(name)
     spec = spec_from_file_location(f"inferloom_pass_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UnsupportedError(f"pass {name}: {path} is not a Python file")
@@ -100,5 +105,5 @@ def _load(text: str) -> Plugin:
         raise UnsupportedError(f"pass {name}: VARIANT must be an inferloom.compiler.attention.Variant, not {variant!r}")
     if variant is None and not callable(run):
         raise UnsupportedError(f"pass {name}: {path} holds neither VARIANT nor run(graph, report)")
-    label = (path.stem if name.endswith(".py") else name) + (f":{tail}" if options else "")
+    label = (path.stem if name.endswith(".py") else name) + (f":{given}" if given else "")
     return Plugin(label, hashlib.sha256(path.read_bytes()).hexdigest(), module, variant, run)

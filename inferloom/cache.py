@@ -122,10 +122,10 @@ def content_key(checkpoint: Path, options: CompileOptions) -> str:
     """Hex digest of all that decides the artifact's bytes."""
     digest = blake3(json.dumps(asdict(options), sort_keys=True).encode())
     if options.passes:
-        from inferloom.compiler.plugins import source_of
+        from inferloom.compiler.plugins import split, source_of
 
         for name in options.passes:
-            digest.update(b"\0" + source_of(name).read_bytes())
+            digest.update(b"\0" + source_of(split(name)[0]).read_bytes())
     for name, value in sorted(_files(checkpoint).items()):
         digest.update(f"\0{name}\0{value}".encode())
     for package in (*COMPILE_PACKAGES, *(["onnx"] if _is_onnx(checkpoint) else [])):

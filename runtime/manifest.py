@@ -82,8 +82,8 @@ class Tiles:
 class StateLayer:
     """A layer's `bytes` at `offset` of each block of the group's table number `table`.
 
-    `shape` is (heads, k_dim, v_dim) of each token's key and value (v_dim 0: the value is part of the key), or that of a
-    recurrent state.
+    `shape` is (heads, k_dim, v_dim) of each token's key and value (v_dim 0: the value is part of the key), (heads, k_dim)
+    of the means of a block's keys, or that of a recurrent state.
     """
 
     table: int

@@ -10,7 +10,9 @@ import pytest
 
 import inferloom
 from inferloom.checks.check_pass import check_pass
+from inferloom.checks.model import attention_model
 from inferloom.compiler import plugins
+from inferloom.compiler.build import compile_model
 from inferloom.ir.errors import UnsupportedError
 from inferloom.runtime.llm import LLM
 from inferloom.runtime.params import SamplingParams
@@ -129,7 +131,8 @@ def test_the_cache_knows_a_pass_by_its_content(tmp_path: Path) -> None:
     keys = [content_key(demo, CompileOptions()), content_key(demo, CompileOptions(passes=(first,)))]
     write(tmp_path, "VARIANT = Variant('b', lambda node, operands, spec: spec)")
     keys.append(content_key(demo, CompileOptions(passes=(first,))))
-    assert len(set(keys)) == 3
+    keys += [content_key(demo, CompileOptions(passes=(f"block-sparse:blocks={n}",))) for n in (2, 3)]
+    assert len(set(keys)) == 5
 
 
 def test_the_command_reports_and_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -161,3 +164,11 @@ def test_options_that_are_wrong(name: str, message: str) -> None:
 def test_blocks_of_another_size(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="have 64 keys, those of the cache 16 tokens: compile with block_tokens=64"):
         check_pass("block-sparse:size=64", gpu=False, speed=False)
+
+
+def test_means_of_blocks_are_in_the_memory_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    out = compile_model(attention_model(), tmp_path / "model", dtype="fp32", block_tokens=16, max_tokens=64, max_seqs=4,
+                        passes=["block-sparse:blocks=2,size=16"])
+    assert command(monkeypatch, "inspect", str(out)) == 0
+    assert "2 layers x 2 heads x 16 tokens x (16 + 16) x 4 bytes + 2 layers x 2 x 16 x 4 bytes" in capsys.readouterr().out

@@ -83,7 +83,7 @@ def _group(group: dict[str, Any], block_tokens: int) -> dict[str, Any]:
     terms = []
     for (shape, dtype), count in Counter((tuple(x["shape"]), x["dtype"]) for x in group["layers"]).items():
         size = ITEMSIZE.get(dtype, 0)
-        if group["kind"] == "recurrent":
+        if group["kind"] == "recurrent" or len(shape) == 2:
             terms.append(f"{count} layers x {' x '.join(map(str, shape))} x {size} bytes")
         else:
             terms.append(f"{count} layers x {shape[0]} heads x {block_tokens} tokens x ({shape[1]} + {shape[2]}) x {size} bytes")
