@@ -122,7 +122,7 @@ def content_key(checkpoint: Path, options: CompileOptions) -> str:
     """Hex digest of all that decides the artifact's bytes."""
     digest = blake3(json.dumps(asdict(options), sort_keys=True).encode())
     if options.passes:
-        from inferloom.compiler.plugins import split, source_of
+        from inferloom.compiler.plugins import source_of, split
 
         for name in options.passes:
             digest.update(b"\0" + source_of(split(name)[0]).read_bytes())
