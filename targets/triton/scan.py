@@ -32,8 +32,8 @@ def chunks(source: KernelSource) -> tuple[int, ...]:
     recurrence = Recurrence(source)
     if recurrence.op == "linear_attention":
         decay = recurrence.node.operands[7]
-        return (64, 32, 16, 0) if decay is not None and len(dims_of(decay)) == 1 else (0,)
-    return {"linear_recurrence": (64, 0), "selective_scan": (16, 8, 0)}.get(recurrence.op, (0,))
+        return (64, 32, 16, 0) if decay is not None and len(dims_of(decay)) == 1 else (16, 0)
+    return {"linear_recurrence": (64, 0), "selective_scan": (16, 8, 0), "wkv": (32, 16, 0)}.get(recurrence.op, (0,))
 
 
 def lower(source: KernelSource, number: int, chunk: int, driver: str) -> KernelText:
@@ -120,7 +120,8 @@ class _Scan(Recurrence):
         w.line(f"inner = head * {dk * dv} + i[:, None] * {dv} + j[None, :]")
         w.line(f"group = {'head' if groups == heads else f'head * {groups} // {heads}'}")
         self.begin("state", "inner", mask)
-        start = self._whole(lambda: self._attention_chunk(deep, broad)) if self.chunk else "begin"
+        chunk = self._attention_chunk_by_row if len(self.shapes[7]) == 2 else self._attention_chunk
+        start = self._whole(lambda: chunk(deep, broad)) if self.chunk else "begin"
         with w.block(f"for t in range({start}, end):"):
             for name, operand in (("q", 4), ("k", 5)):
                 w.line(f"{name} = {self.row(operand, f'group * {dk} + i', deep)}")
@@ -195,6 +196,38 @@ class _Scan(Recurrence):
         w.line(f"last = tl.sum(tl.where(nth == {self.chunk - 1}, g, 0), 0)")
         w.line("u *= tl.exp(last - g)[:, None]")
         w.line(f"state = {self._dot('k.T', 'u', 'state * tl.exp(last)')}")
+
+    def _attention_chunk_by_row(self, deep: str, broad: str) -> None:
+        """The same where each row of S decays by itself: `p[t, s]` is then a sum over rows i of q[t] k[s] exp(G[t] - G[s]).
+
+        exp(G[t]) and exp(-G[s]) apart would overflow, so each t has its own pass over the chunk.
+        """
+        w, (_, dk), (heads, dv) = self.w, self.shapes[4], self.shapes[6]
+        for name, operand in (("q", 4), ("k", 5)):
+            w.line(f"{name} = {self.rows_of(operand, f'group * {dk} + i', deep)}.to(tl.float32)")
+        w.line(f"u = {self.rows_of(6, f'head * {dv} + j', broad)}.to(tl.float32)")
+        w.line(f"g = tl.cumsum({self.rows_of(7, f'head * {dk} + i', deep)}.to(tl.float32), 0)")
+        w.line("e = tl.exp(g)")
+        if self.given(8):
+            w.line(f"beta = {self.row(8, 'head')}")
+        if self.node.attrs["delta"]:
+            w.line(f"u = beta[:, None] * (u - {self._dot('k * e', 'state')})")
+        elif self.given(8):
+            w.line("u *= beta[:, None]")
+        w.line(f"p = tl.zeros([{self.chunk}, {self.chunk}], tl.float32)")
+        with w.block(f"for r in range({self.chunk}):"):
+            w.line("mine = (nth == r)[:, None]")
+            w.line("met = k * tl.exp(tl.minimum(tl.sum(tl.where(mine, g, 0), 0)[None, :] - g, 0))")
+            w.line("seen = tl.sum(met * tl.sum(tl.where(mine, q, 0), 0)[None, :], 1)")
+            w.line("p = tl.where(mine, tl.where(nth <= r, seen, 0)[None, :], p)")
+            if self.node.attrs["delta"]:
+                w.line("held = tl.sum(met * tl.sum(tl.where(mine, k * beta[:, None], 0), 0)[None, :], 1)")
+                w.line("u -= tl.where(mine, tl.sum(tl.where(nth < r, held, 0)[:, None] * u, 0)[None, :], 0)")
+        w.line(f"o = {self._dot('p', 'u', self._dot('q * e', 'state'))}")
+        self.put_rows(f"head * {dv} + j", "o", broad)
+        w.line(f"last = tl.sum(tl.where((nth == {self.chunk - 1})[:, None], g, 0), 0)")
+        w.line("k *= tl.exp(last[None, :] - g)")
+        w.line(f"state = {self._dot('k.T', 'u', 'state * tl.exp(last)[:, None]')}")
 
     def _channels(self) -> str:
         """Name this program's channels `j`; what masks those past the end."""
@@ -275,6 +308,27 @@ class _Scan(Recurrence):
         self.put_rows("j", "held", mask)
         w.line(f"state = tl.sum(tl.where(nth[:, None] == {self.chunk - 1}, held, 0), 0)")
 
+    def _wkv_chunk(self, mask: str) -> None:
+        """Sums before each token of a chunk as a scan: the first is the state's, the others those of the token before."""
+        w = self.w
+        for name, operand in (("k", 4), ("v", 5)):
+            rows = self.rows_of(operand, "j", mask)
+            w.line(f"{name} = {rows}.to(tl.float32)")
+            w.line(f"{name}0 = {rows.replace('t[:, None]', 'tl.maximum(t - 1, begin)[:, None]')}.to(tl.float32)")
+        w.line("first = (nth == 0)[:, None]")
+        w.line("sums = tl.where(first, total[None, :], v0)")
+        w.line("ones = tl.where(first, weight[None, :], 1.0)")
+        w.line("tops = tl.where(first, top[None, :], k0)")
+        w.line("sums, ones, tops, _ = tl.associative_scan((sums, ones, tops, tl.where(first, 0.0, decay[None, :])), 0, pool)")
+        w.line("high = tl.maximum(tops, k + bonus[None, :])")
+        w.line("old = tl.exp(tops - high)")
+        w.line("new = tl.exp(k + bonus[None, :] - high)")
+        self.put_rows("j", "(old * sums + new * v) / (old * ones + new)", mask)
+        w.line("sums, ones, tops, _ = pool(sums, ones, tops, tops * 0, v, v * 0 + 1, k, tops * 0 + decay[None, :])")
+        w.line(f"final = (nth == {self.chunk - 1})[:, None]")
+        for name, rows in (("total", "sums"), ("weight", "ones"), ("top", "tops")):
+            w.line(f"{name} = tl.sum(tl.where(final, {rows}, 0), 0)")
+
     def _wkv(self) -> None:
         w, (channels,), mask = self.w, self.shapes[6], self._channels()
         names = ("total", "weight", "top")
@@ -283,7 +337,8 @@ class _Scan(Recurrence):
         w.line("top = tl.where(weight > 0, top, -1e38)")
         w.line(f"decay = {self.fixed(6, 'j', mask)}")
         w.line(f"bonus = {self.fixed(7, 'j', mask)}")
-        with w.block("for t in range(begin, end):"):
+        start = self._whole(lambda: self._wkv_chunk(mask)) if self.chunk else "begin"
+        with w.block(f"for t in range({start}, end):"):
             for name, operand in (("k", 4), ("v", 5)):
                 w.line(f"{name} = {self.row(operand, 'j', mask)}")
             w.line("high = tl.maximum(top, k + bonus)")

@@ -34,6 +34,15 @@ def compose(a, x, b, y):
 
 
 @triton.jit
+def pool(a, b, c, d, x, y, z, w):
+    # Sums (x, y, exp(z) times), over tokens that make older ones weigh exp(w) times, after (a, b, c, d).
+    high = tl.maximum(c + w, z)
+    old = tl.exp(c + w - high)
+    new = tl.exp(z - high)
+    return old * a + new * x, old * b + new * y, high, d + w
+
+
+@triton.jit
 def tanh(x):
     # Through exp of a negative number, which cannot overflow.
     t = tl.exp(-2.0 * tl.abs(x))

@@ -29,11 +29,16 @@ def test_ragged_batches_in_one_step_and_in_two(kernels: Kernels, name: str) -> N
     check(kernels, name)
 
 
+#: Token after token at level 2.
+WITHOUT = {"selective_odd", "linear", "wkv_odd", "delta_rows"}
+
+
 @pytest.mark.parametrize("level", [0, 2])
-@pytest.mark.parametrize("name", ["ssd", "ssd_bf16", "delta", "beta", "selective_odd", "linear", "conv_odd"])
+@pytest.mark.parametrize("name", ["ssd", "ssd_bf16", "delta", "delta_rows", "beta", "selective_odd", "linear", "wkv_odd",
+                                  "conv_odd"])
 def test_chunks_of_tokens(name: str, level: int, tmp_path: Path) -> None:
     """Long sequences by chunks, and what is left after the last whole one."""
     kernels = Shuffled("scan", {name: BODIES[name]}, tmp_path, level=level)
     (kernel,) = kernels.picked.kernels
-    assert ("rest" in kernel.text()) == (not name.startswith("conv") and not (level and name in ("selective_odd", "linear")))
+    assert ("rest" in kernel.text()) == (not name.startswith("conv") and not (level and name in WITHOUT))
     check(kernels, name, counts=(70, 1, 150, 3), exact=name.startswith("conv"))
