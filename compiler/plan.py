@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from inferloom.compiler.state import StatePlan, need, plan_state, window_of
+from inferloom.compiler.state import StatePlan, need, plan_state, widest, window_of
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.types import STATES, StateType, TensorType, bound
@@ -126,7 +126,8 @@ def _place_states(states: tuple[Value, ...], kernels: Iterable[Node], places: di
                 if not isinstance(held.type, StateType) or not isinstance(tables.type, TensorType):
                     raise TypeError(inner)
                 longest = held.type.block_tokens * bound(tables.type.shape[1])
-                windows[first[_required(outer[held])]] = window_of(inner.attrs["first"], longest)
+                state, window = first[_required(outer[held])], window_of(inner.attrs["first"], longest)
+                windows[state] = widest(window, windows.get(state, window))
     placed = plan_state([need(v.type, windows.get(v, 0), v in by_block) for v in states])  # type: ignore[arg-type]
     for value, before in first.items():
         places[value] = Placement("state", placed.places[states.index(before)].offset)

@@ -53,6 +53,11 @@ def window_of(first: object, longest: int) -> int:
     return window if window < longest else 0
 
 
+def widest(a: int, b: int) -> int:
+    """The window that holds what both windows do (0: all)."""
+    return max(a, b) if a and b else 0
+
+
 def _align(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 

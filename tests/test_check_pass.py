@@ -172,3 +172,28 @@ def test_means_of_blocks_are_in_the_memory_contract(tmp_path: Path, monkeypatch:
                         passes=["block-sparse:blocks=2,size=16"])
     assert command(monkeypatch, "inspect", str(out)) == 0
     assert "2 layers x 2 heads x 16 tokens x (16 + 16) x 4 bytes + 2 layers x 2 x 16 x 4 bytes" in capsys.readouterr().out
+
+
+def test_layers_that_share_keys_and_values_share_their_state(tmp_path: Path) -> None:
+    body = """
+from inferloom.ir.graph import rewrite
+def run(graph, report):
+    first = []
+    def visit(builder, node, operands):
+        if node.op != "attention":
+            return None
+        if not first:
+            first.extend(operands[1:3])
+            return None
+        return builder.emit_node("attention", (operands[0], *first), dict(node.attrs) | {"window": 20}, node.loc).results
+    return rewrite(graph, visit)
+"""
+    name = write(tmp_path, body)
+    results = {r.name: r for r in check_pass(name, speed=False)}
+    assert all(r.ok in (True, None) for r in results.values())
+    assert "reads 7 of 7 pages; 7 hold" in results["cpu: pages"].text
+    out = compile_model(attention_model(), tmp_path / "model", dtype="fp32", block_tokens=16, max_tokens=64, max_seqs=4,
+                        passes=[name])
+    state = json.loads((out / "manifest.json").read_text())["state"]
+    assert [(g["kind"], len(g["layers"])) for g in state["groups"]] == [("paged_kv", 1)]
+    assert state["bytes_per_block"] == 16 * 2 * (16 + 16) * 4

@@ -13,7 +13,7 @@ After:  `%y, %s1 = paged_causal_conv1d %state1, %seq_starts, %kv_lens, %pages, %
 The graph gains the inputs slots, seq_starts, kv_lens, block_tables, pages (those it needs) and one state per slot, and
 returns the new states after its outputs. Where states lie in several tables (compiler/state.py), the inputs of table 1
 are slots1 and block_tables1, and so on. Keys that no later query can see are not kept: that window is what the largest
-distance between a query and the first key it sees makes it.
+distance between a query and the first key it sees makes it. Attentions over the same keys and values share one state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from inferloom.compiler.report import Report
-from inferloom.compiler.state import need, plan_state, window_of
+from inferloom.compiler.state import need, plan_state, widest, window_of
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
 from inferloom.ir.ops.recurrent import PAGED as PAGED_OP
@@ -34,13 +34,16 @@ NAME = "page-state"
 
 def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: int, blocks_per_seq: int) -> Graph:
     stateful = [n for n in graph.nodes if n.op == "flex_attention" or n.op in STATE_OF]
-    types = {slot_of(n): _state_type(n, dtype, block_tokens) for n in stateful}
-    if len(types) != len(stateful):
+    if len({slot_of(n) for n in stateful}) != len(stateful):
         raise UnsupportedError(f"two layers claim one state slot: {', '.join(n.loc for n in stateful)}")
-    longest = block_tokens * blocks_per_seq
-    windows = {slot_of(n): window_of(n.attrs["first"], longest) for n in stateful if n.op == "flex_attention"}
+    owners = _owners(stateful, report)
+    types = {slot_of(n): _state_type(n, dtype, block_tokens) for n in stateful if owners[slot_of(n)] == slot_of(n)}
+    longest, windows = block_tokens * blocks_per_seq, dict[int, int]()
+    for node in (n for n in stateful if n.op == "flex_attention"):
+        owner, window = owners[slot_of(node)], window_of(node.attrs["first"], longest)
+        windows[owner] = widest(window, windows.get(owner, window))
     order = sorted(types)
-    choosing = [n for n in stateful if n.attrs.get("blocks")]
+    choosing = [n for n in stateful if n.attrs.get("blocks") and slot_of(n) in types]
     means = {slot_of(n): Value(_means_type(n, types[slot_of(n)], windows), f"means{slot_of(n)}") for n in choosing}
     placed = plan_state([*(need(types[slot], windows.get(slot, 0)) for slot in order),
                          *(need(v.type, by_block=True) for v in means.values())])  # type: ignore[arg-type]
@@ -50,11 +53,12 @@ def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: 
     inputs = _Inputs(Sym("seqs", seqs))
     states = {slot: Value(types[slot], f"state{slot}") for slot in order}
     written: list[Value] = []
+    kept, summed = dict[int, Value](), dict[int, Value]()
 
     def visit(builder: Builder, node: Node, operands: tuple[Value | None, ...]) -> Sequence[Value] | None:
         if node.op != "flex_attention" and node.op not in STATE_OF:
             return None
-        slot = slot_of(node)
+        slot = owners[slot_of(node)]
         attrs = {name: value for name, value in node.attrs.items() if name not in ("slot", "v_dim", "block", "blocks")}
         if node.op in STATE_OF:
             pages = inputs.get("pages", table[slot], (inputs.seqs, 2))
@@ -62,20 +66,21 @@ def run(graph: Graph, report: Report, *, dtype: DType, block_tokens: int, seqs: 
             written.append(made.results[1])
             return made.results[:1]
         q, k, v, *extra = operands
-        slots = inputs.get("slots", table[slot], (tokens,))
-        written.append(builder.emit("kv_write", states[slot], k, v, slots, loc=node.loc))
+        if slot not in kept:
+            slots = inputs.get("slots", table[slot], (tokens,))
+            kept[slot] = builder.emit("kv_write", states[slot], k, v, slots, loc=node.loc)
+            written.append(kept[slot])
         tables = inputs.get("block_tables", table[slot], (inputs.seqs, blocks_per_seq))
         if slot in means:
             own = inputs.get("block_tables", means_table[slot], (inputs.seqs, blocks_per_seq))
-            kept = builder.emit("block_means", means[slot], written[-1], *inputs.ragged(), tables, own, loc=node.loc)
-            scores = builder.emit("block_scores", q, kept, *inputs.ragged(), own, block=block_tokens, loc=node.loc)
+            if slot not in summed:
+                summed[slot] = builder.emit("block_means", means[slot], kept[slot], *inputs.ragged(), tables, own, loc=node.loc)
+                written.append(summed[slot])
+            scores = builder.emit("block_scores", q, summed[slot], *inputs.ragged(), own, block=block_tokens, loc=node.loc)
             most = min(int(str(node.attrs["blocks"])) + 1, blocks_per_seq)
             extra.append(builder.emit_node("topk", [scores], {"k": most}, node.loc).results[1])
             attrs["chosen"] = len(extra) - 1
-            state = written[-1]
-            written.append(kept)
-            return builder.emit_node("paged_attention", (q, state, *inputs.ragged(), tables, *extra), attrs, node.loc).results
-        return builder.emit_node("paged_attention", (q, written[-1], *inputs.ragged(), tables, *extra), attrs,
+        return builder.emit_node("paged_attention", (q, kept[slot], *inputs.ragged(), tables, *extra), attrs,
                                  node.loc).results
 
     # Inputs are only known after the walk, and the walk maps only known inputs, so they are added at the end.
@@ -97,6 +102,21 @@ class _Inputs:
 
     def ragged(self) -> tuple[Value, Value]:
         return self.get("seq_starts", 0, (self.seqs + 1,)), self.get("kv_lens", 0, (self.seqs,))
+
+
+def _owners(stateful: Sequence[Node], report: Report) -> dict[int, int]:
+    """For each slot, the one whose state it reads: its own, or that of an earlier attention over the same keys and values."""
+    first: dict[object, int] = {}
+    owners = {}
+    for node in stateful:
+        slot = slot_of(node)
+        key: object = node
+        if node.op == "flex_attention":
+            key = (*node.operands[1:3], node.attrs["v_dim"], bool(node.attrs["blocks"]))
+        owners[slot] = first.setdefault(key, slot)
+        if owners[slot] != slot:
+            report.fused(f"attention slot {slot} reads the state of slot {owners[slot]}", node.loc)
+    return owners
 
 
 def _means_type(node: Node, state: StateType | RecurrentType, windows: dict[int, int]) -> RecurrentType:
