@@ -202,7 +202,7 @@ class _Scan(Recurrence):
 
         exp(G[t]) and exp(-G[s]) apart would overflow, so each t has its own pass over the chunk.
         """
-        w, (_, dk), (heads, dv) = self.w, self.shapes[4], self.shapes[6]
+        w, (_, dk), (_, dv) = self.w, self.shapes[4], self.shapes[6]
         for name, operand in (("q", 4), ("k", 5)):
             w.line(f"{name} = {self.rows_of(operand, f'group * {dk} + i', deep)}.to(tl.float32)")
         w.line(f"u = {self.rows_of(6, f'head * {dv} + j', broad)}.to(tl.float32)")
