@@ -119,7 +119,9 @@ class TritonTarget:
             elif kind == "matmul":
                 made += self._matmul(source, number)
             elif kind == "experts":
-                made.append(Choice((partial(_experts, source, number),)))
+                few = 0 if self.batch_invariant else experts.FEW
+                made.append(Choice(tuple(partial(_experts, source, number, c, self.chip, few)
+                                         for c in configs.experts(experts.dtype_of(source)))))
             elif kind == "blocks":
                 made.append(Choice((partial(_blocks, source, number),)))
             elif kind == "scan":
@@ -208,8 +210,9 @@ def _row(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
     return [rows.lower(source, number, _max_rows(source))], 0
 
 
-def _experts(source: KernelSource, number: int) -> tuple[list[KernelText], int]:
-    return [experts.lower(source, number)], 0
+def _experts(source: KernelSource, number: int, config: configs.ExpertConfig, chip: GpuChip,
+             few: int) -> tuple[list[KernelText], int]:
+    return experts.lower(source, number, config, chip, few), experts.scratch_bytes(source)
 
 
 def _blocks(source: KernelSource, number: int) -> tuple[list[KernelText], int]:

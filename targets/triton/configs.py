@@ -118,6 +118,25 @@ def _static(chip: GpuChip, dtype: DType, n: int, k: int, least: int, most: int) 
     return MatmulConfig(128, 128, 64, 8, 2, group=8, extra=extra)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertConfig:
+    """Tile m x n x k of rows that chose one expert."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def experts(dtype: DType) -> list[ExpertConfig]:
+    """Configurations of products by expert to try in order."""
+    if dtype is DType.F32:
+        return [ExpertConfig(32, 32, 32, 4, 2), ExpertConfig(16, 32, 32, 4, 1)]
+    return [ExpertConfig(64, 128, 64, 4, 3), ExpertConfig(64, 128, 64, 8, 2), ExpertConfig(64, 64, 64, 4, 2),
+            ExpertConfig(32, 32, 32, 4, 1)]
+
+
 def prefill(chip: GpuChip, dtype: DType, group: int, kv_heads: int, k_dim: int, v_dim: int) -> list[AttentionConfig]:
     """Configurations of prefill attention to try in order; tiles of m rows, m a multiple of 16."""
     wide = max(k_dim, v_dim) > 128

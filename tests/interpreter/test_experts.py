@@ -12,11 +12,12 @@ LOWERING = TritonTarget.lowering
 BODIES = bodies(LOWERING.weight_tile, dict(LOWERING.weight_pair), LOWERING.weight_k_multiple)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels("experts", BODIES, tmp_path_factory.mktemp("experts"))
+@pytest.fixture(scope="module", params=[False, True])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels("experts", BODIES, tmp_path_factory.mktemp("experts"), batch_invariant=request.param)
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_matches_reference_whatever_others_chose(kernels: Kernels, name: str) -> None:
-    check(kernels, name)
+    # The interpreter's products of float32 depend on where a row lies, a matrix unit's do not.
+    check(kernels, name, exact=kernels.target.batch_invariant and name.startswith("bf16"))

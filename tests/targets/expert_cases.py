@@ -42,8 +42,8 @@ def bodies(tile: int, pairs: dict[DType, int], k_multiple: int) -> dict[str, Bod
             "bf16_each": made(6, 64, 96, 4, each=True, bias=True, dtype=DType.BF16)}
 
 
-def check(kernels: Bodies, name: str) -> None:
-    """Against the reference; and each token gets the bits that it gets alone, whatever the others chose."""
+def check(kernels: Bodies, name: str, exact: bool = True) -> None:
+    """Against the reference; and each token gets the bits (if `exact`) that it gets alone, whatever the others chose."""
     made = kernels.graphs[name]
     node = next(n for n in made.nodes if n.op == "packed_expert_linear")
     shapes = {v.name: v.type.shape for v in made.inputs}  # type: ignore[union-attr]
@@ -57,6 +57,6 @@ def check(kernels: Bodies, name: str) -> None:
         bf16 = made.outputs[0].type.dtype is DType.BF16  # type: ignore[union-attr]
         inputs["packed"] = (packed.view(np.uint32) & 0xFFFF0000).view(np.float32) if bf16 else packed
         got = kernels.check(name, inputs, {"tokens": count})[0]
-        for row in {0, count // 2, count - 1}:
+        for row in {0, count // 2, count - 1} if exact else ():
             alone = {name: x[row:row + 1] if name in ("x", "choice") else x for name, x in inputs.items()}
             assert np.array_equal(kernels.run(name, alone, {"tokens": 1})[0][0], got[row])
