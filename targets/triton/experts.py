@@ -102,7 +102,7 @@ class _Sizes:
 def _sizes(source: KernelSource) -> _Sizes:
     choice = _value(expert_linear_of(source)[1].operands[2])
     made = expert_counts(source)
-    return _Sizes(bound(choice.type.shape[0]) * made["choices"], made["experts"], made["choices"])
+    return _Sizes(bound(choice.type.shape[0]) * made["choices"], made["experts"], made["choices"])  # type: ignore[union-attr]
 
 
 class _Grouped:
