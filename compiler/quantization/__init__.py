@@ -1,0 +1,1 @@
+"""Quantised weights: schemes, and tensors of integers with their scales."""
