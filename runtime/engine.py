@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -14,11 +15,12 @@ from inferloom.runtime.detokenizer import Detokenizer, Tokenizer
 from inferloom.runtime.device.base import Device, StepBatch
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.facts import Facts
+from inferloom.runtime.guide import Guide
 from inferloom.runtime.outputs import CompletionOutput, RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.request import Request, Sequence
-from inferloom.runtime.sampler import sample
+from inferloom.runtime.sampler import sample, token_logprobs
 from inferloom.runtime.scheduler import Limits, Scheduler, Work
 from inferloom.runtime.state import fill_tables, longest
 from inferloom.runtime.top import TopRow
@@ -61,8 +63,11 @@ class Engine:
         self._seed = secrets.randbits(64) if seed is None else seed
 
     def add_request(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, prompt: str | None = None,
-                    priority: int = 0) -> None:
-        """Queue a request. RequestError when it can never run; nothing is queued then."""
+                    priority: int = 0, salt: bytes = b"", guide: Callable[[], Guide] | None = None) -> None:
+        """Queue a request; `guide` makes what holds each of its sequences to a grammar.
+
+        RequestError when it can never run; nothing is queued then.
+        """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
         if not len(prompt_ids):
@@ -81,10 +86,16 @@ class Engine:
         if self.limits.whole_prompts and len(prompt_ids) > self.limits.tokens:
             raise RequestError(f"the prompt has {len(prompt_ids)} tokens, which see each other and so must be computed in "
                                f"one step, and a step has room for {self.limits.tokens}: compile with a larger max_tokens")
+        rows = self.limits.rows
+        if self.limits.whole_prompts and params.prompt_logprobs is not None and rows is not None and len(prompt_ids) > rows:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, which see each other, and a step gives {rows} rows "
+                               "of logits: compile with a larger max_seqs, or leave prompt_logprobs out")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the artifact has none: use stop_token_ids")
         arrival = next(self._arrivals)
-        request = Request(request_id, prompt, tuple(int(t) for t in prompt_ids), params, arrival, priority)
+        request = Request(request_id, prompt, tuple(int(t) for t in prompt_ids), params, arrival, priority, salt)
+        for sequence in request.sequences:
+            sequence.guide = None if guide is None else guide()
         self._requests[request_id] = request
         self._seeds[request_id] = params.seed if params.seed is not None else (self._seed + arrival) % 2**64
         for sequence in request.sequences:
@@ -112,30 +123,37 @@ class Engine:
         work = self.scheduler.schedule()
         if not work:
             return []
-        sampling = [w for w in work if w.samples]
+        rows = [(i, position) for i, w in enumerate(work) for position in w.rows]
         try:
             if self.scheduler.copies:
                 self.device.copy_blocks(self.scheduler.copies)
-            logits = self.device.step(self._batch(work, sampling))
+            logits = self.device.step(self._batch(work, rows))
         except Exception as error:
             return self._fail(work, str(error) or repr(error))
         self._steps += 1
         self._computed += sum(w.count for w in work)
         self.scheduler.finish(work)
         touched: dict[str, Request] = {}
-        for item, row in zip(sampling, logits, strict=True):
-            request = item.sequence.request
-            touched[request.id] = request
-            if item.sequence.finish_reason is not None:
+        for (i, position), row in zip(rows, logits, strict=True):
+            sequence, request = work[i].sequence, work[i].sequence.request
+            of_prompt = position + 1 < len(request.prompt_ids)
+            if not of_prompt:
+                touched[request.id] = request
+            if sequence.finish_reason is not None:
                 continue  # ended by the failure of another sample of its request
             try:
-                self._advance(item.sequence, row)
+                if of_prompt:
+                    token = request.prompt_ids[position + 1]
+                    request.prompt_logprobs.append(token_logprobs(row, token, request.params.prompt_logprobs or 0))
+                else:
+                    self._advance(sequence, row)
             except Exception as error:  # the request's own: the others of the batch go on
                 request.error = str(error) or repr(error)
                 self._end_all(request)
         return [self._output(r) for r in touched.values()]
 
-    def _batch(self, work: list[Work], sampling: list[Work]) -> StepBatch:
+    def _batch(self, work: list[Work], wanted: list[tuple[int, int]]) -> StepBatch:
+        """The step's arrays; `wanted` are its rows of logits, as (index in `work`, position)."""
         size, counts = self.limits.block_tokens, [w.count for w in work]
         starts = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
@@ -152,9 +170,9 @@ class Engine:
         tables, pages = fill_tables(self.limits.groups, [w.sequence.held for w in work], self.limits.blocks_per_seq)
         blocks = tables[:, np.repeat(np.arange(len(work)), counts), positions // size]
         slots = np.ascontiguousarray(blocks * size + positions % size)
-        rows = np.array([starts[i + 1] - 1 for i, w in enumerate(work) if w.samples], np.int32)
-        wanted = [w.sequence.request.params for w in work if w.samples]
-        sharpness = np.array([1.0 if p.greedy else 1 / p.temperature for p in wanted], np.float32)
+        rows = np.array([starts[i] + at - work[i].sequence.computed for i, at in wanted], np.int32)
+        params = [work[i].sequence.request.params for i, _ in wanted]
+        sharpness = np.array([1.0 if p.greedy else 1 / p.temperature for p in params], np.float32)
         return StepBatch(tokens=tokens, positions=positions, slots=slots, seq_starts=starts, kv_lens=lens,
                          block_tables=tables, logit_rows=rows, pages=pages, sharpness=sharpness, facts=facts)
 
@@ -165,8 +183,9 @@ class Engine:
         banned = [*self.eos, *params.stop_token_ids] if early else []
         if not (row.finite if isinstance(row, TopRow) else np.isfinite(row).all()):
             raise RequestError("the model's logits are not finite")
+        guide = sequence.guide
         token, logprobs = sample(row, params, request.prompt_ids, sequence.output_ids, self._seeds[request.id],
-                                 sequence.index, banned)
+                                 sequence.index, banned, None if guide is None else guide.allowed())
         sequence.tokens.append(token)
         self._generated += 1
         if logprobs is not None:
@@ -175,10 +194,14 @@ class Engine:
         is_stop = not early and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos))
         if text is not None and not is_stop:
             text.append(token, may_stop=not early)
+        if guide is not None and not is_stop:
+            guide.accept(token)
         if is_stop:
             self._end(sequence, "stop", token if token in params.stop_token_ids else None)
         elif text is not None and text.stopped_by is not None:
             self._end(sequence, "stop", text.stopped_by)
+        elif guide is not None and guide.finished:
+            self._end(sequence, "stop", None)
         elif sequence.generated == params.max_tokens or len(sequence.tokens) >= self.longest:
             self._end(sequence, "length", None)
 
@@ -214,7 +237,8 @@ class Engine:
             for s in request.sequences:
                 self._texts.pop(s, None)
         return RequestOutput(request.id, request.prompt, request.prompt_ids, tuple(samples), request.finished,
-                             request.cached_tokens, request.error)
+                             request.cached_tokens, request.error,
+                             None if request.params.prompt_logprobs is None else tuple(request.prompt_logprobs))
 
     def stats(self) -> Stats:
         cache = self.cache

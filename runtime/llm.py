@@ -48,7 +48,7 @@ class LLM:
                         seqs=_at_most("max_num_seqs", max_num_seqs, min(m.dims.seqs, m.dims.rows)),
                         blocks_per_seq=m.dims.blocks_per_seq, block_tokens=m.state.block_tokens,
                         max_model_len=m.model.max_model_len, groups=tuple(Group.of(g) for g in m.state.groups),
-                        facts=m.dims.facts)
+                        facts=m.dims.facts, rows=m.dims.rows)
         self.tokenizer = _tokenizer(self.artifact)
         self.chat_template = ChatTemplate.of(self.artifact)
         self._verify_rest()

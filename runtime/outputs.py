@@ -29,7 +29,10 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """All samples of a request so far; `error` says why a request failed."""
+    """All samples of a request so far; `error` says why a request failed.
+
+    `prompt_logprobs`, if they were asked for, has an entry for each token of the prompt; the first token has None.
+    """
 
     request_id: str
     prompt: str | None
@@ -38,3 +41,4 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None

@@ -19,7 +19,7 @@ class SamplingParams:
     """Sampling parameters with vLLM's names and meanings.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 means all tokens. `logprobs` asks for that many most likely tokens
-    a position. Out of range values raise RequestError.
+    a position, `prompt_logprobs` the same of the prompt. Out of range values raise RequestError.
     """
 
     n: int = 1
@@ -37,6 +37,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -44,7 +45,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("n", "top_k", "min_tokens"):
             _check(_whole(getattr(self, name)), f"{name} must be an integer, got {getattr(self, name)!r}")
-        for name in ("seed", "max_tokens", "logprobs"):
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _check(value is None or _whole(value), f"{name} must be an integer or None, got {value!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
@@ -72,8 +73,10 @@ class SamplingParams:
         _check(self.max_tokens is None or self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
         _check(self.min_tokens >= 0 and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
                f"min_tokens must be between 0 and max_tokens, got {self.min_tokens}")
-        _check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-               f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= MAX_LOGPROBS,
+                   f"{name} must be between 0 and {MAX_LOGPROBS}, got {value}")
         _check(self.seed is None or 0 <= self.seed < 2**64, "seed must be an unsigned 64-bit integer")
         _check(all(_finite(b) and abs(b) <= MAX_BIAS for b in self.logit_bias.values()),
                f"logit_bias must be numbers of at most {MAX_BIAS}")

@@ -22,6 +22,10 @@ class PrefixCache:
         self._root = hashlib.sha256(b"inferloom prefix\0" + salt).digest()
         self.queries = self.hits = 0
 
+    def salted(self, salt: bytes) -> bytes | None:
+        """What keys of those who share `salt` start from; None without a salt of their own."""
+        return hashlib.sha256(self._root + b"salt" + salt).digest() if salt else None
+
     def key(self, parent: bytes | None, tokens: Sequence[int]) -> bytes:
         """The hash of a full block of `tokens` that follows what has hash `parent`."""
         return hashlib.sha256((parent or self._root) + struct.pack(f"<{len(tokens)}i", *tokens)).digest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from inferloom.runtime.facts import Facts
+from inferloom.runtime.guide import Guide
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.state import Held
@@ -24,6 +25,7 @@ class Sequence:
     held: list[Held] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     facts: Facts | None = None
+    guide: Guide | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -33,6 +35,14 @@ class Sequence:
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
 
+    def rows(self, count: int) -> range:
+        """Positions among the next `count` whose logits say how likely the prompt's next token was, if that is asked."""
+        request = self.request
+        if request.params.prompt_logprobs is None or self.index:
+            return range(0)
+        return range(max(self.computed, len(request.prompt_logprobs) - 1),
+                     min(self.computed + count, len(request.prompt_ids) - 1))
+
     @property
     def output_ids(self) -> list[int]:
         return self.tokens[len(self.request.prompt_ids):]
@@ -40,7 +50,8 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt with `n` samples. Lower `priority` runs first; ties go by arrival."""
+    """A prompt with `n` samples. Lower `priority` runs first; ties go by arrival. Only requests with the same `salt`
+    share cached prefixes."""
 
     id: str
     prompt: str | None
@@ -48,7 +59,9 @@ class Request:
     params: SamplingParams
     arrival: int
     priority: int = 0
+    salt: bytes = b""
     cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
 

@@ -16,27 +16,34 @@ from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.top import TopRow
 
+_NONE_LEFT = "no token is left to draw: bias, bans or a grammar leave none"
+
 
 def sample(logits: np.ndarray | TopRow, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int],
-           seed: int, index: int, banned: Sequence[int] = ()) -> tuple[int, dict[int, Logprob] | None]:
+           seed: int, index: int, banned: Sequence[int] = (),
+           allowed: np.ndarray | None = None) -> tuple[int, dict[int, Logprob] | None]:
     """Pick a token from `logits` f32 [vocab]; also its log-probabilities if they were asked for.
 
     Of a `TopRow` only the largest logits are looked at where they decide; else the whole row is fetched.
 
     `seed` and `index` (of the sample) key the generator together with the position. `banned` tokens cannot be
-    drawn (those that would end the sequence before min_tokens). Log-probabilities are those of the logits after
-    penalties and bias, before temperature.
+    drawn (those that would end the sequence before min_tokens), nor what is not `allowed` (bool [vocab]).
+    Log-probabilities are those of the logits after penalties and bias, before temperature.
     """
     key = (seed, index, len(generated))
     rng = None if params.greedy else np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     if isinstance(logits, TopRow):
-        if params.logprobs is None and not _adjusts(params, generated, banned):
+        if params.logprobs is None and allowed is None and not _adjusts(params, generated, banned):
             found = _from_top(logits, params, rng)
             if found is not None:
                 return found, None
         logits = logits.row()
     row = _adjusted(logits, params, prompt, generated, banned)
+    if allowed is not None:
+        row = np.where(allowed, row, np.float32(-np.inf))
     token = int(np.argmax(row)) if rng is None else _draw(row, params, rng)
+    if row[token] == -np.inf:
+        raise RequestError(_NONE_LEFT)
     return token, None if params.logprobs is None else _logprobs(row, token, params.logprobs)
 
 
@@ -71,7 +78,7 @@ def _draw(row: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> 
     wide = row.astype(np.float64)
     top = wide.max()
     if not np.isfinite(top):
-        raise RequestError("no token is left to draw: bias or bans leave none")
+        raise RequestError(_NONE_LEFT)
     with np.errstate(over="ignore"):
         scaled = (wide - top) / params.temperature  # from the top, so that a tiny temperature cannot overflow
     ids: np.ndarray = np.arange(len(scaled))
@@ -122,6 +129,11 @@ def _pick(scaled: np.ndarray, ids: np.ndarray, params: SamplingParams, rng: np.r
         probs[order[before >= params.top_p * probs.sum()]] = 0.0
     choice = int(np.searchsorted(np.cumsum(probs), rng.random() * probs.sum(), side="right"))
     return int(ids[min(choice, int(np.flatnonzero(probs)[-1]))])
+
+
+def token_logprobs(logits: np.ndarray | TopRow, token: int, count: int) -> dict[int, Logprob]:
+    """Log-probabilities of the `count` most likely tokens and of `token`, from one row of logits."""
+    return _logprobs(logits.row() if isinstance(logits, TopRow) else logits, token, count)
 
 
 def _logprobs(row: np.ndarray, token: int, count: int) -> dict[int, Logprob]:

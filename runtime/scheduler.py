@@ -22,7 +22,7 @@ from inferloom.runtime.state import ALL_KEYS, Blocks, Group, Held
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one step, and one sequence, may hold at most; the groups of state that a sequence has, and the facts that
-    kernels ask of its tokens."""
+    kernels ask of its tokens. `rows` of logits come out of a step; None: as many as there are tokens."""
 
     tokens: int
     seqs: int
@@ -31,6 +31,7 @@ class Limits:
     max_model_len: int
     groups: tuple[Group, ...] = ALL_KEYS
     facts: tuple[str, ...] = ()
+    rows: int | None = None
 
     @property
     def whole_prompts(self) -> bool:
@@ -49,6 +50,11 @@ class Work:
     def samples(self) -> bool:
         return self.sequence.computed + self.count == len(self.sequence.tokens)
 
+    @property
+    def rows(self) -> list[int]:
+        """Positions whose logits are wanted; of those the last one's, if it samples, for the next token."""
+        return [*self.sequence.rows(self.count), *([len(self.sequence.tokens) - 1] if self.samples else [])]
+
 
 class Scheduler:
     """Holds waiting and running sequences and their blocks."""
@@ -59,6 +65,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.copies: list[tuple[int, int]] = []
         self.preemptions = 0
+        self._rows = 0
         self.recurrent = any(g.recurrent for g in limits.groups)
 
     @staticmethod
@@ -83,6 +90,9 @@ class Scheduler:
         self.running.sort(key=self._rank)
         # A prompt's chunk leaves room for the one token of each sequence behind it, so that none stands still.
         decoding = sum(len(s.tokens) - s.computed == 1 for s in self.running)
+        # Each sequence has a row of logits; what is left goes to prompts whose logits are asked for.
+        most = self.limits.tokens + self.limits.seqs if self.limits.rows is None else self.limits.rows
+        self._rows = most - len(self.running)
         for sequence in list(self.running):
             missing = len(sequence.tokens) - sequence.computed
             decoding -= missing == 1
@@ -90,26 +100,36 @@ class Scheduler:
             if sequence not in self.running or count < 1:
                 continue  # preempted by one before it, or no room left
             if self._grow(sequence, count):
-                work.append(Work(sequence, count))
+                work.append(self._work(sequence, count))
                 budget -= count
-        while self.waiting and budget > 0 and len(self.running) < self.limits.seqs:
+        while self.waiting and budget > 0 and self._rows > 0 and len(self.running) < self.limits.seqs:
             sequence = self.waiting[0]
+            self._rows -= 1
             if self._must_wait(sequence) or not self._start(sequence, budget):
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
             count = self._cut(sequence, min(len(sequence.tokens) - sequence.computed, budget))
-            work.append(Work(sequence, count))
+            work.append(self._work(sequence, count))
             budget -= count
         return work
 
     def _cut(self, sequence: Sequence, count: int) -> int:
         """At most `count` tokens, up to the last end of a block if a state is to be cached there; 0 if too few."""
+        wanted = sequence.rows(count)
+        if len(wanted) > self._rows:
+            count = wanted.start + self._rows + (0 if self.limits.whole_prompts else 1) - sequence.computed
         size, end = self.limits.block_tokens, sequence.computed + count
         if self.limits.whole_prompts and sequence.computed < len(sequence.request.prompt_ids):
             return count if end >= len(sequence.request.prompt_ids) else 0
         whole = end // size * size - sequence.computed
         return whole if self.recurrent and self.cache is not None and whole > 0 else count
+
+    def _work(self, sequence: Sequence, count: int) -> Work:
+        """The sequence's part of the step, for which it takes rows besides the one it has."""
+        made = Work(sequence, count)
+        self._rows -= max(len(made.rows) - 1, 0)
+        return made
 
     def finish(self, work: list[Work]) -> None:
         """Record that the step's tokens are computed, and cache the blocks that became full."""
@@ -129,10 +149,12 @@ class Scheduler:
                 self.cache.record(sequence.held, at, key, sequence.computed)
 
     def _root(self, sequence: Sequence) -> bytes | None:
-        """What the keys of its blocks start from: state of a prompt whose tokens see each other depends on all of it."""
-        if self.cache is None or not self.limits.whole_prompts:
+        """What the keys of its blocks start from: the request's salt; and state of a prompt whose tokens see each other
+        depends on all of it."""
+        if self.cache is None:
             return None
-        return self.cache.key(None, sequence.request.prompt_ids)
+        root = self.cache.salted(sequence.request.salt)
+        return self.cache.key(root, sequence.request.prompt_ids) if self.limits.whole_prompts else root
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Further samples of a request wait for one that is computing the prompt that they will share."""
@@ -164,7 +186,7 @@ class Scheduler:
         donor, shared, part = (self._donor(sequence) if sequence.generated == 0 else None), 0, 0
         if donor is not None:
             shared, part = self._fork(sequence, donor)
-        elif self.cache is not None:
+        elif self.cache is not None and not sequence.rows(len(sequence.tokens)):
             sequence.held, sequence.keys = self.cache.take(sequence.tokens, self._root(sequence))
             shared = len(sequence.keys)
         else:

@@ -100,9 +100,9 @@ class FakeDevice:
 
 
 def make_engine(blocks: int = 64, block_tokens: int = 4, tokens: int = 32, seqs: int = 8, length: int = 64,
-                groups: tuple[Group, ...] = ALL_KEYS, **options: Any) -> Engine:
+                groups: tuple[Group, ...] = ALL_KEYS, rows: int | None = None, **options: Any) -> Engine:
     """An engine on a FakeDevice."""
-    limits = Limits(tokens, seqs, -(-length // block_tokens), block_tokens, length, groups)
+    limits = Limits(tokens, seqs, -(-length // block_tokens), block_tokens, length, groups, rows=rows)
     return Engine(FakeDevice(blocks, block_tokens, groups), limits, VOCAB, **{"seed": 0, **options})
 
 
