@@ -30,6 +30,7 @@ _MAX_MANIFEST = 64 << 20
 _HASH_BYTES = 16 << 20
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_SVE_BYTES = Path("/proc/sys/abi/sve_default_vector_length")
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -143,8 +144,13 @@ def _hash(path: Path) -> str:
 
 
 def host_features() -> frozenset[str]:
-    """This machine's CPU flags, as /proc/cpuinfo names them; a RISC-V `isa` string is taken apart."""
+    """This machine's CPU flags, as /proc/cpuinfo names them; a RISC-V `isa` string is taken apart.
+
+    sve512 is among them where the vectors of a process have 512 bits or more.
+    """
     found: set[str] = set()
+    if _SVE_BYTES.exists() and int(_SVE_BYTES.read_text()) >= 64:
+        found.add("sve512")
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         for line in file:
             key, _, value = line.partition(":")

@@ -13,6 +13,7 @@ from inferloom.ir.errors import UnsupportedError
 
 TABLE = Path(__file__).with_name("chips.toml")
 CPUINFO = Path("/proc/cpuinfo")
+SVE_BYTES = Path("/proc/sys/abi/sve_default_vector_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,9 @@ class CpuChip:
     matmul_rows: int
     matmul_vectors: int
     matmul_k_slice: int
-    bf16_dot: bool
+    bf16_dot: str = ""
+    i8_dot: str = ""
+    sve_bits: int = 0
     mattr: tuple[str, ...] = ()
     mabi: str = ""
     driver: str = "none"
@@ -47,6 +50,8 @@ class CpuChip:
             target["mattr"] = list(self.mattr)
         if self.mabi:
             target["mabi"] = self.mabi
+        if self.sve_bits:
+            target["cl-opt"] = [f"-aarch64-sve-vector-bits-min:uint={self.sve_bits}"]
         return target
 
 
@@ -101,8 +106,10 @@ def chips() -> dict[str, Chip]:
 
 
 def host_features() -> frozenset[str]:
-    """CPU flags of this machine, as Linux names them; none where Linux does not."""
-    return parse_cpuinfo(CPUINFO.read_text()) if CPUINFO.exists() else frozenset()
+    """CPU flags of this machine, as Linux names them (none where Linux does not), and sve512 where SVE is as long."""
+    flags = parse_cpuinfo(CPUINFO.read_text()) if CPUINFO.exists() else frozenset()
+    long = SVE_BYTES.exists() and int(SVE_BYTES.read_text()) >= 64
+    return flags | {"sve512"} if long else flags
 
 
 def parse_cpuinfo(text: str) -> frozenset[str]:

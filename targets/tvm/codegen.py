@@ -20,6 +20,11 @@ STEPPER = Path(__file__).with_name("stepper.c")
 Q_TILE = 16
 
 
+def isa_of(chip: CpuChip) -> CpuIsa:
+    """What of a chip kernels are written for."""
+    return CpuIsa(chip.matmul_rows, chip.matmul_vectors, chip.matmul_k_slice, chip.bf16_dot, chip.i8_dot)
+
+
 class CpuTarget:
     """Code for one CPU."""
 
@@ -33,12 +38,11 @@ class CpuTarget:
 
     def numerics(self) -> dict[str, Any]:
         return {"accumulate": "f32", "reduction_order": "sequential over k, independent of the batch",
-                "bf16_dot": self.chip.bf16_dot}
+                "bf16_dot": self.chip.bf16_dot, "i8_dot": self.chip.i8_dot}
 
     def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
         """Generate, compile and link all kernels of an artifact."""
-        chip = self.chip
-        isa = CpuIsa(chip.matmul_rows, chip.matmul_vectors, chip.matmul_k_slice, chip.bf16_dot)
+        chip, isa = self.chip, isa_of(self.chip)
         functions, infos = {}, list[KernelInfo]()
         for number, source in enumerate(sources):
             kind = str(source.node.attrs["kind"])

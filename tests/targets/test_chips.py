@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import pytest
 
 from inferloom.ir.errors import UnsupportedError
+from inferloom.runtime import artifact
 from inferloom.targets import chips
 
 X86 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"}
@@ -24,6 +26,11 @@ def test_host_is_the_most_capable_that_fits(monkeypatch: pytest.MonkeyPatch) -> 
     assert host_with(monkeypatch, "x86_64", X86 | AVX512) == "x86-64-v4"
     assert host_with(monkeypatch, "x86_64", X86 | AVX512 - {"avx512cd"}) == "x86-64-v3"
     assert host_with(monkeypatch, "aarch64", {"fp", "asimd"}) == "aarch64"
+    assert host_with(monkeypatch, "aarch64", {"asimd", "asimddp", "sve"}) == "aarch64-dot"
+    assert host_with(monkeypatch, "aarch64", {"asimd", "asimddp", "bf16", "i8mm", "sve"}) == "aarch64-bf16"
+    assert host_with(monkeypatch, "aarch64", {"asimd", "sve", "sve512"}) == "aarch64-sve512"
+    assert host_with(monkeypatch, "riscv64", set("imafdc")) == "riscv64gc"
+    assert host_with(monkeypatch, "riscv64", set("imafdcv")) == "riscv64"
     assert host_with(monkeypatch, "x86_64", set(chips.chips()["avx512-bf16"].requires)) == "avx512-bf16"
 
 
@@ -44,6 +51,14 @@ def test_unknown_hosts_are_refused(monkeypatch: pytest.MonkeyPatch, machine: str
     ("isa\t\t: rv64imafdcv_zicsr_zvfh", {"i", "m", "a", "f", "d", "c", "v", "zicsr", "zvfh"})])
 def test_cpuinfo_is_read(line: str, found: set[str]) -> None:
     assert chips.parse_cpuinfo(f"processor\t: 0\n{line}\nbogomips\t: 1\n") == found
+
+
+def test_long_vectors_are_a_feature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((chips, "SVE_BYTES"), (artifact, "_SVE_BYTES")):
+        monkeypatch.setattr(module, name, tmp_path / "length")
+        for length, found in (("64", True), ("32", False)):
+            (tmp_path / "length").write_text(length + "\n")
+            assert ("sve512" in module.host_features()) is found
 
 
 def test_names() -> None:
