@@ -21,7 +21,7 @@ from inferloom.runtime.memory import Arena
 MAX_ARGS = 16
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
     """il_call of the kernels' ABI."""
 
     _fields_ = [("fn", ctypes.c_void_p), ("args", ctypes.c_void_p * MAX_ARGS), ("dim", ctypes.c_int32),
@@ -110,12 +110,12 @@ class CpuDevice:
         out = m.output
         return np.ndarray((len(batch.logit_rows), out.vocab), np.float32, self._workspace.bytes, out.offset, (out.ld * 4, 4))
 
-    def _plan(self) -> ctypes.Array[_Call]:
+    def _plan(self) -> ctypes.Array[Call]:
         m = self.manifest
         bases = {"workspace": self._workspace.address, "weights": self._weights.address,
                  "state": self._state.address, "input": self._inputs.address}
         functions = [self._library.symbol(k.symbol) for k in m.kernels]
-        calls = (_Call * max(len(m.plan), 1))()
+        calls = (Call * max(len(m.plan), 1))()
         for slot, call in zip(calls, m.plan):
             grid = m.kernels[call.kernel].grid
             slot.fn = functions[call.kernel]

@@ -1,0 +1,1 @@
+"""Benchmarks of CPUs: kernels against ceilings, and the engine against its peers."""
