@@ -131,7 +131,7 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
     graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, wanted.prologue,
                                        options.block_tokens, options.max_tokens, options.max_seqs, blocks,
-                                       options.plugins), report, dump)
+                                       options.plugins, wanted.inputs.get(DTYPES[options.dtype])), report, dump)
     plan = plan_memory(graph, Rows(wanted.row_align, wanted.avoid))
     selection = select_kernels(plan)
     say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({target.chip.name})")

@@ -46,6 +46,7 @@ class Options:
     max_seqs: int
     blocks_per_seq: int
     plugins: tuple[Plugin, ...] = ()
+    inputs: DType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def steps(options: Options) -> tuple[Step, ...]:
         Step("absorb-latent", latent.run, "model", "looks for the linear that makes keys and values, and nothing else"),
         Step("lower-attention", partial(lower_attention.run, more=variants), "model",
              "variants read the attributes of the traced node"),
-        Step("lower-precision", partial(lower_precision.run, dtype=options.dtype), "model",
+        Step("lower-precision", partial(lower_precision.run, dtype=options.dtype, inputs=options.inputs), "model",
              "after all patterns, which know nothing of casts"),
         Step("page-state", page, "serving", "makes state explicit"),
         Step("pack-weights", partial(pack_weights.run, packing=options.packing), "serving",

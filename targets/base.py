@@ -20,7 +20,8 @@ class Lowering:
 
     Matmul weights are laid out in tiles of `weight_tile` columns with `weight_pair` k-steps together, k padded to
     `weight_k_multiple` (tile 1 and pair 1: rows of k). Columns of a gate and its up projection alternate in groups of
-    `gate_columns`. With `prologue`, matmuls gather their rows themselves. Rows of activations start at multiples of
+    `gate_columns`. Matmuls by weights of a type in `inputs` read activations of that one; others, of the weight's own.
+    With `prologue`, matmuls gather their rows themselves. Rows of activations start at multiples of
     `row_align` bytes, and not a multiple of `avoid` bytes apart (0: any).
     """
 
@@ -32,6 +33,7 @@ class Lowering:
     prologue: bool
     row_align: int
     avoid: int
+    inputs: Mapping[DType, DType] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

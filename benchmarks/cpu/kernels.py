@@ -11,6 +11,7 @@ rows are what is read.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -64,10 +65,10 @@ class Result:
 
 
 def dense(dtype: DType, builder: Builder, lowering: Lowering, rows: Sym, n: int, k: int) -> Value:
-    """x @ w.T, both of one element type."""
+    """x @ w.T, with x of the type that the target wants."""
     pair, tile = lowering.weight_pair[dtype], lowering.weight_tile
     steps = -(-k // lowering.weight_k_multiple) * lowering.weight_k_multiple // pair
-    x = builder.input("x", TensorType(dtype, (rows, k)))
+    x = builder.input("x", TensorType(lowering.inputs.get(dtype, dtype), (rows, k)))
     packed = builder.input("packed", TensorType(dtype, (-(-n // tile), steps, tile, pair)))
     return builder.emit("packed_linear", x, packed, n=n, k=k)
 
@@ -129,7 +130,7 @@ class Bench:
         ns = np.zeros(len(calls), np.uint64)
         totals = []
         for _ in range(runs + 1):
-            self.library.step(_address(calls), len(calls), dims.ctypes.data, ns.ctypes.data)
+            self.library.step(ctypes.addressof(calls), len(calls), dims.ctypes.data, ns.ctypes.data)
             totals.append(float(np.median(ns)) * 1e-9)
         return statistics.median(totals[1:])
 
@@ -184,12 +185,6 @@ def _fill(random: np.random.Generator, value: Value, size: int) -> NDArray[np.ui
         wide = random.standard_normal(size // 2, np.float32) * np.float32(0.1)
         return (wide.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     return random.integers(0, 256, size, np.uint8)
-
-
-def _address(calls: Any) -> int:
-    import ctypes
-
-    return ctypes.addressof(calls)
 
 
 def _has_rows(value: Value) -> bool:

@@ -74,8 +74,8 @@ class ExpertLinear:
               *, transposed: bool = False) -> TensorType:
         if weight.rank != 3 or x.shape[2:] != weight.shape[1 if transposed else 2:][:1]:
             raise VerifyError("the last dim of x must be the weight's k")
-        if x.dtype is not weight.dtype:
-            raise VerifyError("x and weight differ in element type; insert a cast")
+        if x.dtype not in (weight.dtype, DType.F32):
+            raise VerifyError("x has neither the weight's element type nor f32; insert a cast")
         return _shape(x, choice, int(str(weight.shape[0])), int(str(weight.shape[2 if transposed else 1])), bias)
 
     def reference(x, weight, choice, bias=None, *, transposed):  # type: ignore[no-untyped-def, misc]
@@ -110,8 +110,8 @@ class PackedExpertLinear:
 
     def infer(x: TensorType, packed: TensorType, choice: TensorType, bias: TensorType | None = None,  # type: ignore[misc]
               *, n: int, k: int) -> TensorType:
-        if packed.rank != 5 or x.shape[2:] != (k,) or x.dtype is not packed.dtype:
-            raise VerifyError(f"x must be [tokens, 1 or choices, {k}] in the element type of the weights")
+        if packed.rank != 5 or x.shape[2:] != (k,) or x.dtype not in (packed.dtype, DType.F32):
+            raise VerifyError(f"x must be [tokens, 1 or choices, {k}] in the element type of the weights or f32")
         return _shape(x, choice, int(str(packed.shape[0])), n, bias)
 
     def reference(x, packed, choice, bias=None, *, n, k):  # type: ignore[no-untyped-def, misc]

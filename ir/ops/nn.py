@@ -26,14 +26,14 @@ class Embedding:
 class Linear:
     """`x @ weight.T + bias`: x [..., k], weight [n, k], bias f32 [n] -> f32 [..., n].
 
-    x and weight have the same element type; products accumulate in float32.
+    x has the weight's element type, or is f32; products accumulate in float32.
     """
 
     def infer(x: TensorType, weight: TensorType, bias: TensorType | None = None) -> TensorType:  # type: ignore[misc]
         if weight.rank != 2 or x.shape[-1:] != weight.shape[1:]:
             raise VerifyError("the last dim of x must be the second of weight")
-        if x.dtype is not weight.dtype:
-            raise VerifyError("x and weight differ in element type; insert a cast")
+        if x.dtype not in (weight.dtype, DType.F32):
+            raise VerifyError("x has neither the weight's element type nor f32; insert a cast")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise VerifyError("bias must have one element per row of weight")
         return TensorType(DType.F32, (*x.shape[:-1], weight.shape[0]))
@@ -126,8 +126,8 @@ class PackedLinear:
 
     def infer(x: TensorType, packed: TensorType, bias: TensorType | None = None, *, n: int, k: int) -> TensorType:  # type: ignore[misc]
         _check_packed(packed, n, k)
-        if x.shape[-1:] != (k,) or x.dtype is not packed.dtype:
-            raise VerifyError("x must have k columns and the weight's element type")
+        if x.shape[-1:] != (k,) or x.dtype not in (packed.dtype, DType.F32):
+            raise VerifyError("x must have k columns, and the weight's element type or f32")
         if bias is not None and bias.shape != (n,):
             raise VerifyError("bias must have n elements")
         return TensorType(DType.F32, (*x.shape[:-1], n))

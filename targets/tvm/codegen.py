@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,16 @@ class CpuTarget:
     """Code for one CPU."""
 
     tools = ("apache-tvm", "ziglang")
-    # Rows a multiple of 4 KiB apart would all fall into the same sets of the L1 cache.
+    # Rows a multiple of 4 KiB apart would all fall into the same sets of the L1 cache. Without an instruction for
+    # products of bf16, activations are multiplied as the floats that they are.
     lowering = Lowering(dtypes=("fp32", "bf16"), weight_tile=64, weight_pair={DType.F32: 1, DType.BF16: 2},
-                        weight_k_multiple=32, gate_columns=32, prologue=False, row_align=64, avoid=4096)
+                        weight_k_multiple=32, gate_columns=32, prologue=False, row_align=64, avoid=4096,
+                        inputs={DType.BF16: DType.F32})
 
     def __init__(self, chip: CpuChip) -> None:
         self.chip = chip
+        if chip.bf16_dot:
+            self.lowering = replace(self.lowering, inputs={})
 
     def numerics(self) -> dict[str, Any]:
         return {"accumulate": "f32", "reduction_order": "sequential over k, independent of the batch",

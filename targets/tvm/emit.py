@@ -62,6 +62,13 @@ def scratch(size: int, dtype: str = "float32") -> Expr:
     return T.alloc_buffer((size,), dtype, annotations={"disable_lower_builtin": True})
 
 
+def opaque(value: Expr) -> Expr:
+    """An int32 named by way of memory: TVM simplifies at length what depends on a quotient or a choice that it sees."""
+    buffer = scratch(1, "int32")
+    T.buffer_store(buffer, value, [0])
+    return bind(buffer[0])
+
+
 def kernel(symbol: str, signature: list[tuple[int | str, str]], body: Callable[[list[Expr], Expr, Expr], None],
            llvm: str = "") -> Any:
     """A PrimFunc with the C ABI `void symbol(void* a0..a15, const int32_t* dims, int32_t chunk)`.

@@ -19,7 +19,7 @@ from inferloom.targets.base import Grid, KernelSource, expert_linear_of
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, store, wide
 from inferloom.targets.tvm.isa import CpuIsa
-from inferloom.targets.tvm.matmul import PANEL, TILE, Blocks
+from inferloom.targets.tvm.matmul import PANEL, TILE, Blocks, is_wide
 from inferloom.targets.tvm.rows import storage
 
 Expr = Any
@@ -42,14 +42,16 @@ class _Experts(Blocks):
             raise UnsupportedError(f"{node.loc}: a bf16 matmul needs an even inner dimension, not {k}")
         self.isa, self.count = isa, k // self.pair
         self.choices = int(str(_type(choice).shape[1]))
-        self.inner = self.count if _type(x).shape[1] != 1 else 0
+        self.wide = is_wide(_value(x))
+        self.inner = self.count * self.stride if _type(x).shape[1] != 1 else 0
         (self.output,) = body.outputs
         places = [body.inputs.index(v) for v in (x, packed, choice, *bias) if v is not None]
         self.bias = len(places) > 3
-        self.ldx, self.ldc = source.layouts[places[0]].ld // self.pair, source.layouts[places[2]].ld
+        self.ldx, self.ldc = source.layouts[places[0]].ld * self.stride // self.pair, source.layouts[places[2]].ld
         self.ldo = source.layouts[len(body.inputs)].ld
+        pairs = places[1:2] if self.wide else places[:2]
         self.signature: list[tuple[int | str, str]] = [
-            (i, "int32" if at < 2 and self.pair == 2 else storage(body.inputs[i])) for at, i in enumerate(places)]
+            (i, "int32" if self.pair == 2 and i in pairs else storage(body.inputs[i])) for i in places]
         self.signature.append((len(body.inputs), storage(self.output)))
 
     def emit(self, views: list[Expr], dims: Expr, tile: Expr) -> None:
@@ -70,18 +72,12 @@ class _Experts(Blocks):
 
     def _flush(self, views: list[Expr], panel: Expr, rows: Expr, here: Expr, e: Expr, tile: Expr) -> None:
         """Work on the rows that were collected for an expert."""
-        isa, x, w = self.isa, views[0], views[1]
+        x, w = views[0], views[1]
         weights = bind((wide(e) * self.tiles + tile) * (self.steps * TILE))
         with T.serial(0, here * (TILE // LANES)) as i:
             store(panel, number(0.0, LANES), i * LANES, LANES)
-        zero, steps = T.int32(0), T.int32(self.count)
-        with T.serial(0, here // isa.rows) as b:
-            self._block(x, w, panel, weights, self._places(rows, b * isa.rows, isa.rows), b * isa.rows, zero, steps, 0)
-        rest = bind(here % isa.rows)
-        for tail in range(1, isa.rows):
-            with T.If(rest == tail):
-                with T.Then():
-                    self._block(x, w, panel, weights, self._places(rows, here - tail, tail), here - tail, zero, steps, 0)
+        self._blocks(x, w, panel, weights, lambda row, count: self._places(rows, row, count), here, T.int32(0),
+                     T.int32(self.count))
         with T.serial(0, here) as r:
             self._store(views, panel, bind(rows[r]), r, e, tile)
 
@@ -114,6 +110,12 @@ class _Experts(Blocks):
             with T.Else():
                 with T.serial(0, self.n - base) as c:
                     put(c, 1)
+
+
+def _value(value: Value | None) -> Value:
+    if value is None:
+        raise TypeError("operand is required")
+    return value
 
 
 def _type(value: Value | None) -> TensorType:

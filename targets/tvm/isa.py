@@ -98,15 +98,7 @@ class CpuIsa:
         """acc + x0*w0 + x1*w1 for 16 lanes (or one) of bf16 pairs held in 32 bits."""
         if self.bf16_dot and lanes == LANES:
             return T.call_pure_extern(f32(LANES), "inferloom_dot_pair", acc, x, w)
-        shift, mask = splat(T.int32(16), lanes), splat(T.int32(-65536), lanes)
-
-        def low(v: Expr) -> Expr:
-            return T.reinterpret(f32(lanes), T.shift_left(v, shift))
-
-        def high(v: Expr) -> Expr:
-            return T.reinterpret(f32(lanes), T.bitwise_and(v, mask))
-
-        return fma(high(x), high(w), fma(low(x), low(w), acc, lanes), lanes)
+        return fma(high_half(x, lanes), high_half(w, lanes), fma(low_half(x, lanes), low_half(w, lanes), acc, lanes), lanes)
 
     def dot_quad(self, acc: Expr, u: Expr, s: Expr, lanes: int = LANES) -> Expr:
         """acc + u0*s0 + u1*s1 + u2*s2 + u3*s3 in int32, for 16 lanes (or one) of four 8-bit integers held in 32 bits.
@@ -126,3 +118,13 @@ class CpuIsa:
             a = T.bitwise_and(T.shift_right(u, splat(T.int32(8 * i), lanes)), splat(T.int32(255), lanes))
             acc = acc + a * T.shift_right(T.shift_left(s, left), right)
         return acc
+
+
+def low_half(pair: Expr, lanes: int = LANES) -> Expr:
+    """The first of two bf16 in 32 bits, as float32."""
+    return T.reinterpret(f32(lanes), T.shift_left(pair, splat(T.int32(16), lanes)))
+
+
+def high_half(pair: Expr, lanes: int = LANES) -> Expr:
+    """The second of two bf16 in 32 bits, as float32."""
+    return T.reinterpret(f32(lanes), T.bitwise_and(pair, splat(T.int32(-65536), lanes)))

@@ -21,8 +21,8 @@ from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.types import DType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import pointwise, vmath
-from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, splat, store, wide
-from inferloom.targets.tvm.isa import CpuIsa
+from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, opaque, scratch, splat, store, wide
+from inferloom.targets.tvm.isa import CpuIsa, high_half, low_half
 from inferloom.targets.tvm.rows import row_dim, storage
 
 Expr = Any
@@ -30,8 +30,6 @@ TILE = 64
 #: Rows of a panel: its sums take 96 * 64 * 4 bytes, half of a common L1 cache.
 PANEL = 96
 UNROLL = 4
-#: With more rows than this, computing hides the loading of weights by itself.
-PREFETCH_ROWS = 24
 
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
@@ -57,58 +55,104 @@ class _Column:
 
 
 class Blocks:
-    """The micro-kernel: `count` steps over k, `pair` elements each, of weights in tiles of 64 columns."""
+    """The micro-kernel: blocks of rows that stay in registers, over `steps` of k with weights in tiles of 64 columns.
+
+    A step is `pair` elements of k. x has them in one 32-bit number, or, where `wide`, as so many floats.
+    """
 
     isa: CpuIsa
     pair: int
+    wide: bool
+
+    @property
+    def stride(self) -> int:
+        """Elements of x in a step."""
+        return self.pair if self.wide else 1
+
+    @property
+    def halved(self) -> bool:
+        """Whether pairs of bf16 weights are multiplied as floats, one after the other."""
+        return self.wide and self.pair == 2
+
+    @property
+    def most(self) -> int:
+        """Rows of the largest block. Halves of weights take the registers of two."""
+        return self.isa.rows - (2 if self.halved else 0)
+
+    def _blocks(self, x: Expr, w: Expr, panel: Expr, weights: Expr, place: Callable[[Expr, int], list[Expr]], rows: Expr,
+                begin: Expr, steps: Expr, ahead: int = 0) -> None:
+        """Add `steps` steps from `begin` to the sums of `rows` rows, in blocks as even as can be.
+
+        `place(row, count)`: where `count` rows of x begin. Weights `ahead` steps further are prefetched (0: none), by
+        each block its part, so that memory is read all the time.
+        """
+        most = self.most
+        many = opaque(T.max(T.int32(1), (rows + (most - 1)) // most))
+        least, larger = opaque(rows // many), opaque(rows % many)  # rows of a block, blocks that have one more
+        for count in range(1, most + 1):
+            more = T.EQ(least, count - 1)
+            here = opaque(T.Select(more, larger, T.Select(T.EQ(least, count), many - larger, T.int32(0))))
+            before = opaque(T.Select(more, T.int32(0), larger))
+            with T.serial(0, here) as b:
+                first = opaque(before * (count + 1) + b * count)
+                self._block(x, w, panel, weights, place(first, count), first, begin, steps, ahead, opaque(before + b), many)
 
     def _block(self, x: Expr, w: Expr, panel: Expr, weights: Expr, xs: list[Expr], row: Expr, begin: Expr, steps: Expr,
-               ahead: int) -> None:
-        """Add `steps` steps from `begin` of rows at `xs` of x to their sums, from `row` of the panel on.
+               ahead: int, nth: Expr, of: Expr) -> None:
+        """One block, the `nth` `of` some: rows of x at `xs`, their sums from `row` of the panel on."""
+        count, width = len(xs), 1
+        while width < TILE // LANES and 2 * width * count <= self.most * self.isa.vectors:
+            width *= 2  # fewer rows leave registers for more columns
+        acc = scratch(count * width * LANES)
 
-        Weights `ahead` steps further are prefetched (0: none): few rows would otherwise wait for each slice.
-        """
-        count = len(xs)
-        width = self.isa.vectors if count > 1 else TILE // LANES
-        row = bind(row)
-        for group in range(TILE // LANES // width):
-            acc = scratch(count * width * LANES)
+        def cell(m: int, v: int) -> Expr:
+            return T.ramp((m * width + v) * LANES, 1, LANES)
 
-            def cell(m: int, v: int) -> Expr:
-                return T.ramp((m * width + v) * LANES, 1, LANES)
+        with T.serial(0, TILE // LANES // width) as group:
+            column = bind(group * (width * LANES))
+            base = bind(weights + wide(begin * TILE + column))
+            cells = [(m, v) for m in range(count) for v in range(width)]
 
-            def place(m: int, v: int) -> Expr:
-                return T.ramp((row + m) * TILE + (group * width + v) * LANES, 1, LANES)
+            def sums(m: int, v: int) -> Expr:
+                return T.ramp((row + m) * TILE + column + v * LANES, 1, LANES)
 
-            for m in range(count):
-                for v in range(width):
-                    T.buffer_store(acc, panel[place(m, v)], [cell(m, v)])
-            base = bind(weights + wide(begin * TILE + group * width * LANES))
+            def add(k: Expr, times: int) -> None:
+                """Steps k to k + `times`."""
+                at = bind(base + wide(k * TILE))
+                rows = [bind(start + k * self.stride) for start in xs]
+                for u in range(times):
+                    ws = [bind(w[T.ramp(at + (u * TILE + v * LANES), 1, LANES)]) for v in range(width)]
+                    for part, factors in enumerate(self._factors(ws)):
+                        for m in range(count):
+                            xv = bind(splat(x[rows[m] + (u * self.stride + part)], LANES))
+                            for v in range(width):
+                                T.buffer_store(acc, self._multiply(acc[cell(m, v)], xv, factors[v]), [cell(m, v)])
 
-            def step(k: Expr) -> None:
-                ws = [bind(w[T.ramp(base + wide(k * TILE + v * LANES), 1, LANES)]) for v in range(width)]
-                for v in range(width if ahead else 0):
-                    T.evaluate(T.call_extern("void", "inferloom_prefetch",
-                                             T.address_of(w[base + wide((k + ahead) * TILE + v * LANES)])))
-                for m in range(count):
-                    xv = bind(splat(x[xs[m] + k], LANES))
-                    for v in range(width):
-                        made = self._multiply(acc[cell(m, v)], xv, ws[v])
-                        T.buffer_store(acc, made, [cell(m, v)])
-
-            with T.serial(0, steps // UNROLL) as k4:
+            def fetch(k: Expr) -> None:
+                at = bind(base + wide((ahead + k) * TILE))
                 for u in range(UNROLL):
-                    step(k4 * UNROLL + u)
-            with T.serial(0, steps % UNROLL) as k:
-                step(steps // UNROLL * UNROLL + k)
-            for m in range(count):
-                for v in range(width):
-                    T.buffer_store(panel, acc[cell(m, v)], [place(m, v)])
+                    for v in range(width):
+                        T.evaluate(T.call_extern("void", "inferloom_prefetch", T.address_of(w[at + (u * TILE + v * LANES)])))
+
+            for m, v in cells:
+                T.buffer_store(acc, panel[sums(m, v)], [cell(m, v)])
+            turns = opaque(steps // UNROLL // of)
+            with T.serial(0, turns) as turn:
+                if ahead:
+                    fetch((turn * of + nth) * UNROLL)
+                with T.serial(0, of) as i:
+                    add(bind((turn * of + i) * UNROLL), UNROLL)
+            with T.serial(0, steps - turns * of * UNROLL) as k:
+                add(bind(turns * of * UNROLL + k), 1)
+            for m, v in cells:
+                T.buffer_store(panel, acc[cell(m, v)], [sums(m, v)])
+
+    def _factors(self, ws: list[Expr]) -> list[list[Expr]]:
+        """What a step's elements of x are multiplied by, each in turn."""
+        return [[bind(half(w)) for w in ws] for half in (low_half, high_half)] if self.halved else [ws]
 
     def _multiply(self, acc: Expr, x: Expr, w: Expr) -> Expr:
-        if self.pair == 1:
-            return vmath.fma(x, w, acc, LANES)
-        return self.isa.dot_pair(acc, x, w)
+        return vmath.fma(x, w, acc, LANES) if self.wide else self.isa.dot_pair(acc, x, w)
 
 
 class _Matmul(Blocks):
@@ -125,22 +169,21 @@ class _Matmul(Blocks):
         if self.k % self.pair:
             raise UnsupportedError(f"{self.node.loc}: a bf16 matmul needs an even inner dimension, not {self.k}")
         self.dim = row_dim([v.type for v in body.outputs])
-        # Both operands of a pair matmul are read as 32-bit pairs.
-        self.signature: list[tuple[int | str, str]] = []
-        for i, value in enumerate(body.inputs):
-            paired = i in (self.x, self.packed) and self.pair == 2
-            self.signature.append((i, "int32" if paired else storage(value)))
+        self.wide = is_wide(_value(x))
+        # Pairs are read as 32 bits.
+        pairs = {self.packed} if self.wide else {self.x, self.packed}
+        self.signature: list[tuple[int | str, str]] = [
+            (i, "int32" if self.pair == 2 and i in pairs else storage(v)) for i, v in enumerate(body.inputs)]
         self.signature += [(len(body.inputs) + i, storage(v)) for i, v in enumerate(body.outputs)]
-        self.ldx = self.layouts[self.x].ld // self.pair
+        self.ldx = self.layouts[self.x].ld * self.stride // self.pair
         self.count = self.k // self.pair
 
     def emit(self, views: list[Expr], dims: Expr, tile: Expr) -> None:
-        isa = self.isa
         rows = bind(dims[self.dim])
         panel = scratch(PANEL * TILE)
         x, w = views[self.x], views[self.packed]
         weights = bind(wide(tile) * (self.steps * TILE))
-        slices = max(1, -(-self.count // isa.k_slice))
+        slices = max(1, -(-self.count // self.isa.k_slice))
         depth = -(-self.count // slices // UNROLL) * UNROLL
         with T.serial(0, (rows + (PANEL - 1)) // PANEL) as p:
             first = bind(p * PANEL)
@@ -150,28 +193,14 @@ class _Matmul(Blocks):
             with T.serial(0, -(-self.count // depth)) as s:
                 begin = bind(s * depth)
                 steps = bind(T.min(T.int32(depth), self.count - begin))
-                with T.If(here <= PREFETCH_ROWS):
-                    with T.Then():
-                        with T.serial(0, here // isa.rows) as b:
-                            xs = self._rows(first + b * isa.rows, begin, isa.rows)
-                            self._block(x, w, panel, weights, xs, b * isa.rows, begin, steps, depth)
-                    with T.Else():
-                        with T.serial(0, here // isa.rows) as b:
-                            xs = self._rows(first + b * isa.rows, begin, isa.rows)
-                            self._block(x, w, panel, weights, xs, b * isa.rows, begin, steps, 0)
-                rest = bind(here % isa.rows)
-                for tail in range(1, isa.rows):
-                    with T.If(rest == tail):
-                        with T.Then():
-                            xs = self._rows(first + here - tail, begin, tail)
-                            self._block(x, w, panel, weights, xs, here - tail, begin, steps, depth)
+
+                def place(row: Expr, count: int) -> list[Expr]:
+                    start = bind((first + row) * self.ldx + begin * self.stride)
+                    return [start + m * self.ldx for m in range(count)]
+
+                self._blocks(x, w, panel, weights, place, here, begin, steps, depth)
             with T.serial(0, here) as r:
                 self._epilogue(views, panel, tile, r, bind(first + r))
-
-    def _rows(self, first: Expr, begin: Expr, count: int) -> list[Expr]:
-        """Where step `begin` of `count` rows from `first` lies in x."""
-        start = bind(first * self.ldx + begin)
-        return [start + m * self.ldx for m in range(count)]
 
     # -- epilogue
 
@@ -263,6 +292,11 @@ class _Matmul(Blocks):
             with T.Else():
                 with T.serial(0, total - base) as c:
                     put(c, 1)
+
+
+def is_wide(x: Value) -> bool:
+    """Whether what is multiplied with a weight is float32, whatever the weight is."""
+    return isinstance(x.type, TensorType) and x.type.dtype is DType.F32
 
 
 def _value(value: Value | None) -> Value:

@@ -19,10 +19,10 @@ from tests.compiler.graphs import paged_inputs, random_params, tiny_llama
 BLOCK = 16
 
 
-def lowered(graph: Graph, dtype: DType) -> Graph:
+def lowered(graph: Graph, dtype: DType, inputs: DType | None = None) -> Graph:
     report = Report()
     packing = pack_weights.Packing(64, 32, {DType.F32: 1, DType.BF16: 2})
-    for step in (lower_attention.run, partial(lower_precision.run, dtype=dtype),
+    for step in (lower_attention.run, partial(lower_precision.run, dtype=dtype, inputs=inputs),
                  partial(page_state.run, dtype=dtype, block_tokens=BLOCK, seqs=4, blocks_per_seq=4),
                  partial(pack_weights.run, packing=packing), group_kernels.run):
         graph = step(graph, report)
@@ -30,14 +30,15 @@ def lowered(graph: Graph, dtype: DType) -> Graph:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype,tolerance", [(DType.F32, 1e-4), (DType.BF16, 5e-2)])
-def test_lowering_keeps_meaning(tied: bool, dtype: DType, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype,inputs,tolerance", [(DType.F32, None, 1e-4), (DType.BF16, None, 5e-2),
+                                                    (DType.BF16, DType.F32, 5e-2)])
+def test_lowering_keeps_meaning(tied: bool, dtype: DType, inputs: DType | None, tolerance: float) -> None:
     graph = tiny_llama(tied=tied, window=5)
     params = random_params(graph)
     ids = np.random.default_rng(1).integers(0, 131, 23)
     rows = np.array([0, 7, 22])
     (want,) = interpret(graph, {"tokens": ids, "positions": np.arange(23), "logit_rows": rows}, params)
-    low = lowered(graph, dtype)
+    low = lowered(graph, dtype, inputs)
     got, *_ = interpret(low, paged_inputs(low, ids, 0, None, BLOCK, rows), params)
     assert np.abs(got - want).max() <= tolerance * want.std()
     names = [v.name for v in low.inputs if isinstance(v.type, StateType)]
@@ -47,6 +48,14 @@ def test_lowering_keeps_meaning(tied: bool, dtype: DType, tolerance: float) -> N
         last, *new = interpret(low, inputs, params)
         state = dict(zip(names, new, strict=True))
     assert np.abs(last - want[2]).max() <= tolerance * want.std()
+
+
+def test_linear_layers_read_what_the_target_wants() -> None:
+    for inputs in (DType.BF16, DType.F32):
+        bodies = [n.attrs["body"] for n in lowered(tiny_llama(), DType.BF16, inputs).nodes if n.op == "kernel"]
+        linear = [n for body in bodies if isinstance(body, Graph) for n in body.nodes if n.op == "packed_linear"]
+        types = [(x.type.dtype, w.type.dtype) for x, w, *_ in (n.operands for n in linear)]  # type: ignore[union-attr]
+        assert len(types) > 4 and set(types) == {(inputs, DType.BF16)}
 
 
 def test_kernels_per_layer() -> None:

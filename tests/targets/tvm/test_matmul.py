@@ -14,15 +14,16 @@ from tests.targets.single import ROWS, TOKENS, Body, alone, random_inputs, tenso
 from tests.targets.tvm.bodies import Kernels
 
 
-def linear(b: Builder, n: int, k: int, dtype: DType, bias: bool = False, rows: object = TOKENS) -> Value:
+def linear(b: Builder, n: int, k: int, dtype: DType, bias: bool = False, rows: object = TOKENS,
+           x: DType | None = None) -> Value:
     pair = 2 if dtype is DType.BF16 else 1
-    x = b.input("x", tensor(rows, k, dtype=dtype))
+    x = b.input("x", tensor(rows, k, dtype=x or dtype))
     packed = b.input("packed", tensor(-(-n // 64), 32 * -(-k // 32) // pair, 64, pair, dtype=dtype))
     return b.emit("packed_linear", x, packed, *([b.input("bias", tensor(n))] if bias else []), n=n, k=k)
 
 
-def plain(n: int, k: int, dtype: DType, bias: bool = False) -> Body:
-    return lambda b: [linear(b, n, k, dtype, bias)]
+def plain(n: int, k: int, dtype: DType, bias: bool = False, x: DType | None = None) -> Body:
+    return lambda b: [linear(b, n, k, dtype, bias, x=x)]
 
 
 def gated(inter: int, k: int, dtype: DType) -> Body:
@@ -58,7 +59,8 @@ BODIES: dict[str, Body] = {
     "ragged_bf16": plain(130, 42, DType.BF16, True), "one_column": plain(1, 7, DType.F32),
     "deep": plain(64, 1100, DType.F32), "deep_bf16": plain(64, 1100, DType.BF16),
     "gated": gated(96, 64, DType.F32), "gated_bf16": gated(64, 64, DType.BF16), "residual": residual,
-    "softcap": softcap,
+    "softcap": softcap, "mixed": plain(130, 42, DType.BF16, True, DType.F32),
+    "deep_mixed": plain(64, 1100, DType.BF16, x=DType.F32),
 }
 
 
@@ -78,13 +80,15 @@ def test_matches_interpreter_and_rows_are_independent(kernels: Kernels, name: st
             assert np.array_equal(whole[row], one[0])
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 6, 7, 11, 12, 95, 96, 97])
-def test_any_number_of_rows(kernels: Kernels, tokens: int) -> None:
-    counts = {"tokens": tokens}
-    if tokens:
-        kernels.check("ragged", random_inputs(kernels.graphs["ragged"], counts, tokens), counts)
-    else:
-        assert kernels.run("ragged", random_inputs(kernels.graphs["ragged"], counts), counts)[0].shape == (0, 70)
+@pytest.mark.parametrize("name", ["ragged", "ragged_bf16", "mixed"])
+def test_any_number_of_rows(kernels: Kernels, name: str) -> None:
+    made = kernels.graphs[name]
+    assert not kernels.run(name, random_inputs(made, {"tokens": 0}), {"tokens": 0})[0].size
+    whole = random_inputs(made, {"tokens": 97})
+    want = kernels.check(name, whole, {"tokens": 97})[0]
+    for tokens in (*range(1, 32), 95, 96):
+        some = whole | {"x": whole["x"][:tokens]}
+        assert np.array_equal(kernels.run(name, some, {"tokens": tokens})[0], want[:tokens]), tokens
 
 
 def test_a_chunk_is_a_tile_of_columns(kernels: Kernels) -> None:

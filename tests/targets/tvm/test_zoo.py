@@ -10,6 +10,8 @@ from inferloom.compiler.pipeline import Options, lower
 from inferloom.compiler.report import Report
 from inferloom.ir.interpret import interpret
 from inferloom.ir.types import DType
+from inferloom.targets.chips import find
+from inferloom.targets.tvm.codegen import CpuTarget
 from tests import zoo
 from tests.compiler.graphs import paged_inputs
 from tests.compiler.passes.test_zoo import random_params
@@ -31,8 +33,9 @@ def test_architecture(name: str) -> None:
     ids = np.random.default_rng(1).integers(0, 131, 23).astype(np.int32)
     rows = np.array([0, 9, 22], np.int32)
     (want,) = interpret(before, {"tokens": ids, "positions": np.arange(23, dtype=np.int32), "logit_rows": rows}, params)
+    inputs = CpuTarget(find("cpu")).lowering.inputs
     for dtype, tolerance in ((DType.F32, 1e-4), (DType.BF16, 0.2)):
-        graph = lower(before, Options(dtype, PACKING, 32, False, BLOCK, 64, 4, 4), Report())
+        graph = lower(before, Options(dtype, PACKING, 32, False, BLOCK, 64, 4, 4, inputs=inputs.get(dtype)), Report())
         compiled = Compiled(graph, params)
         whole = compiled.run(paged_inputs(graph, ids, 0, None, BLOCK, rows), check=True).copy()
         assert np.abs(whole - want).max() <= tolerance * want.std()
