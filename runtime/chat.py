@@ -20,6 +20,8 @@ MAX_TEMPLATE_BYTES = 256 * 1024
 MAX_MESSAGES = 4096
 MAX_SECONDS = 2.0
 MAX_PROMPT_CHARACTERS = 16 * 1024 * 1024
+#: What templates may be told besides messages and tools.
+OPTIONS = ("enable_thinking", "thinking", "reasoning_effort")
 
 
 class ChatTemplate:
@@ -33,6 +35,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = source
         self._template: Template | None = None
         try:
             self._template = environment.from_string(source)
@@ -63,19 +66,28 @@ class ChatTemplate:
                 special[name] = token
         return ChatTemplate(source, special)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt. RequestError when messages are malformed or the template refuses them."""
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True,
+               tools: Sequence[Mapping[str, Any]] | None = None, **options: Any) -> str:
+        """The prompt; `tools` are functions that the model may call, `options` are names of `OPTIONS`.
+
+        RequestError when messages are malformed or the template refuses them.
+        """
+        if unknown := options.keys() - OPTIONS:
+            raise RequestError(f"chat templates take no {', '.join(sorted(unknown))}; they take {', '.join(OPTIONS)}")
         if not messages or len(messages) > MAX_MESSAGES:
             raise RequestError(f"messages must be 1 to {MAX_MESSAGES}, got {len(messages)}")
         for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not (
+                    isinstance(message.get("content"), str) or message.get("tool_calls")):
                 raise RequestError(f"messages[{i}] needs a role and a content, both strings")
         if self._template is None:
             raise RequestError(f"the artifact's chat template does not parse: {self._broken}")
         deadline, parts, size = time.monotonic() + MAX_SECONDS, [], 0
         try:
             for part in self._template.generate(messages=[dict(m) for m in messages],
-                                                add_generation_prompt=add_generation_prompt, **self._special):
+                                                add_generation_prompt=add_generation_prompt,
+                                                **({"tools": [dict(t) for t in tools]} if tools else {}),
+                                                **options, **self._special):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_PROMPT_CHARACTERS or time.monotonic() > deadline:

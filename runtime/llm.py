@@ -49,7 +49,7 @@ class LLM:
                         blocks_per_seq=m.dims.blocks_per_seq, block_tokens=m.state.block_tokens,
                         max_model_len=m.model.max_model_len, groups=tuple(Group.of(g) for g in m.state.groups),
                         facts=m.dims.facts, rows=m.dims.rows)
-        self.tokenizer = _tokenizer(self.artifact)
+        self.tokenizer = open_tokenizer(self.artifact)
         self.chat_template = ChatTemplate.of(self.artifact)
         self._verify_rest()
         self.device: Device
@@ -199,7 +199,8 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _tokenizer(artifact: Artifact) -> Tokenizer | None:
+def open_tokenizer(artifact: Artifact) -> Tokenizer | None:
+    """The artifact's tokenizer, or None when it has none. ArtifactError when it cannot be read."""
     if _TOKENIZER not in artifact.manifest.files:
         return None
     data = artifact.read(_TOKENIZER)

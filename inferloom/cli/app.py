@@ -15,6 +15,7 @@ from inferloom.cli.doctor import doctor
 from inferloom.cli.generate import chat, run
 from inferloom.cli.inspect import inspect
 from inferloom.cli.models import models
+from inferloom.cli.serve import serve
 
 app = typer.Typer(
     name="inferloom", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -38,6 +39,7 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 app.command("compile")(compile_)
 app.command("run")(run)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("inspect")(inspect)
 app.command("chips")(chips)
 app.command("models")(models)

@@ -1,0 +1,108 @@
+"""`inferloom serve`: an OpenAI- and Anthropic-compatible server."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inferloom.cache import resolve
+from inferloom.cli import options
+from inferloom.cli.console import err, human_bytes, progress
+from inferloom.errors import MissingExtraError, UsageError
+
+_PACKAGES = ("starlette", "uvicorn", "pydantic", "msgspec", "prometheus_client", "structlog", "llguidance")
+
+
+def _option(name: str, help_: str, **more: Any) -> Any:
+    """An option that an environment variable can set, too: `INFERLOOM_` and its name in capitals."""
+    variable = "INFERLOOM_" + name.removeprefix("--").partition("/")[0].replace("-", "_").upper()
+    return typer.Option(name, envvar=variable, help=help_, show_envvar=False, **more)
+
+
+def serve(
+    models: Annotated[list[Path], typer.Argument(metavar="ARTIFACT|CHECKPOINT...", show_default=False,
+                                                 help="What to serve; checkpoints are compiled on first use.")],
+    host: Annotated[str, _option("--host", "Address to listen on; any but loopback needs --api-key.")] = "127.0.0.1",
+    port: Annotated[int, _option("--port", "Port to listen on; 0 for a free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[list[str] | None, _option("--api-key", "Key that clients must give; may be repeated.",
+                                                 show_default=False)] = None,
+    served_model_name: Annotated[list[str] | None, _option(
+        "--served-model-name", "Name for clients instead of the folder's; may be repeated. With several models, one "
+        "each, in their order.", show_default=False)] = None,
+    max_num_seqs: Annotated[int | None, _option("--max-num-seqs", "Sequences in a batch at most.", min=1,
+                                                show_default=False)] = None,
+    max_num_batched_tokens: Annotated[int | None, _option("--max-num-batched-tokens", "Tokens in a step at most.", min=1,
+                                                          show_default=False)] = None,
+    enable_prefix_caching: Annotated[bool, _option("--enable-prefix-caching/--no-enable-prefix-caching",
+                                                   "Share the state of equal beginnings.")] = True,
+    seed: Annotated[int | None, _option("--seed", "Makes sampling repeatable.", show_default=False)] = None,
+    tool_call_parser: Annotated[str, _option("--tool-call-parser", "How the model writes tool calls: auto, none, hermes, "
+                                             "qwen, llama3_json, mistral.")] = "auto",
+    reasoning_parser: Annotated[str, _option("--reasoning-parser", "How the model writes thoughts: auto, none, "
+                                             "think.")] = "auto",
+    max_queue: Annotated[int, _option("--max-queue", "Sequences that may wait; more get 429.", min=0)] = 256,
+    max_body: Annotated[str, _option("--max-body", "Longest request.", metavar="BYTES")] = "8MiB",
+    max_logprobs: Annotated[int, _option("--max-logprobs", "Log-probabilities a token at most.", min=0, max=1024)] = 20,
+    allowed_hosts: Annotated[list[str] | None, _option("--allowed-hosts", "Host names that requests may ask for; may be "
+                                                       "repeated.", show_default=False)] = None,
+    allowed_origins: Annotated[list[str] | None, _option("--allowed-origins", "Origins of web pages that may ask; may be "
+                                                         "repeated.", show_default=False)] = None,
+    drain_timeout: Annotated[float, _option("--drain-timeout", "Seconds that running requests get at the end.")] = 30.0,
+    stall_timeout: Annotated[float, _option("--stall-timeout", "Seconds without a step until the engine counts as "
+                                            "stalled; after twice that it is started again.")] = 60.0,
+    vllm_metrics: Annotated[bool, _option("--vllm-metrics", "Give metrics under vLLM's names, too.")] = False,
+    log_level: Annotated[str, _option("--log-level", "debug, info, warning or error.")] = "info",
+    chip: options.Chip = "cpu",
+    dtype: options.Dtype = "bf16",
+    max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = None,
+    gpu: options.Gpu = 0,
+    memory: options.Memory = None,
+) -> None:
+    """Serve models over HTTP. Each option can be set by an environment variable: --max-queue by INFERLOOM_MAX_QUEUE."""
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"serving needs {', '.join(missing)}; run: pip install 'inferloom[serve]'")
+    from inferloom.runtime.server.logs import LEVELS
+    from inferloom.runtime.server.serve import serve as run
+    from inferloom.runtime.server.settings import ModelSettings, Settings
+
+    if log_level not in LEVELS:
+        raise UsageError(f"log level {log_level!r} is not known; choose one of {', '.join(LEVELS)}")
+    settings = Settings(
+        host=host, port=port, api_keys=tuple(api_key or ()), allowed_hosts=tuple(allowed_hosts or ()),
+        allowed_origins=tuple(allowed_origins or ()), max_queue=max_queue, max_body_bytes=options.parse_bytes(max_body),
+        max_logprobs=max_logprobs, drain_timeout=drain_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
+        log_level=log_level)
+    compiling = options.compile_options(chip, dtype, max_model_len)
+    wanted = []
+    for path, names in zip(models, _names(models, served_model_name or []), strict=True):
+        with progress(f"opening {path}") as report:
+            artifact = resolve(path, compiling, report)
+        wanted.append(ModelSettings(
+            str(artifact), names, None if memory is None else options.parse_bytes(memory), threads, gpu, max_num_seqs,
+            max_num_batched_tokens, enable_prefix_caching, seed, tool_call_parser, reasoning_parser))
+    run(wanted, settings, _say)
+
+
+def _names(models: list[Path], given: list[str]) -> list[tuple[str, ...]]:
+    """What each model is called. UsageError when names and models do not match."""
+    if len(models) == 1 and given:
+        return [tuple(given)]
+    if given and len(given) != len(models):
+        raise UsageError(f"{len(models)} models came with {len(given)} --served-model-name: give one each")
+    return [(name,) for name in given] if given else [(path.resolve().name,) for path in models]
+
+
+def _say(summaries: list[dict[str, object]], host: str, port: int) -> None:
+    """What is served, for the person who started it."""
+    for s in summaries:
+        state, weights = int(str(s["state_bytes"])), int(str(s["weights_bytes"]))
+        err.print(f"[bold]{s['model']}[/]: {s['architecture']} in {s['dtype']} on {s['chip']}, weights "
+                  f"{human_bytes(weights)}, workspace {human_bytes(int(str(s['workspace_bytes'])))}, state "
+                  f"{human_bytes(state)} ({s['blocks']} blocks of {s['block_tokens']} tokens), up to {s['max_model_len']} "
+                  f"tokens, {s['max_num_seqs']} sequences, loaded in {s['load_seconds']} s")
+    err.print(f"serving on [bold]http://{f'[{host}]' if ':' in host else host}:{port}[/]")

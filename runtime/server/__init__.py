@@ -1,0 +1,1 @@
+"""The server: an HTTP process, and an engine process for each artifact. Needs the extra `serve`."""

@@ -1,0 +1,1 @@
+"""The endpoints, a file each: what a body may hold, and how it is answered."""

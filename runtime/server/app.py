@@ -1,0 +1,81 @@
+"""The ASGI app: endpoints, and what stands before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from inferloom.runtime.artifact import Artifact
+from inferloom.runtime.errors import ArtifactError
+from inferloom.runtime.server.api.chat import ChatBody, Chats
+from inferloom.runtime.server.api.completions import CompletionBody, Completions
+from inferloom.runtime.server.api.listing import Listing
+from inferloom.runtime.server.api.tokens import DetokenizeBody, TokenizeBody, Tokens
+from inferloom.runtime.server.endpoint import Endpoint
+from inferloom.runtime.server.engine import EngineProcess
+from inferloom.runtime.server.errors import HttpError
+from inferloom.runtime.server.guard import Guard
+from inferloom.runtime.server.health import Health
+from inferloom.runtime.server.metrics import Metrics
+from inferloom.runtime.server.model import Model, Models
+from inferloom.runtime.server.parsers.choice import reasoning_parser, tool_parser
+from inferloom.runtime.server.settings import ModelSettings, Settings
+
+
+def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Metrics) -> Models:
+    """Open artifacts, without starting engines. ArtifactError, RequestError when one cannot be served."""
+    made, names = list[Model](), set[str]()
+    for each in wanted:
+        if twice := names & set(each.names):
+            raise ArtifactError(f"two artifacts are both called {sorted(twice)[0]}: give --served-model-name")
+        names |= set(each.names)
+        artifact = Artifact.open(each.path)
+        engine = EngineProcess(each, settings, metrics.of(each.names[0]))
+        metrics.engines.append(engine)
+        model = Model(artifact, each.names, engine, None, None)
+        source = None if model.template is None else model.template.source
+        model.tool_parser = tool_parser(each.tool_parser, source)
+        model.reasoning_parser = reasoning_parser(each.reasoning_parser, source)
+        made.append(model)
+    return Models(made)
+
+
+def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
+    """The app that answers for these models."""
+    health, listing, tokens = Health(models), Listing(models), Tokens(models)
+    posts: dict[str, Endpoint[Any]] = {
+        "/v1/completions": Endpoint(CompletionBody, Completions(models, settings.max_logprobs), settings),
+        "/v1/chat/completions": Endpoint(ChatBody, Chats(models, settings.max_logprobs), settings),
+        "/tokenize": Endpoint(TokenizeBody, tokens.tokenize, settings),
+        "/detokenize": Endpoint(DetokenizeBody, tokens.detokenize, settings),
+    }
+    gets = {"/health": health.ready, "/health/ready": health.ready, "/health/live": health.live, "/ping": health.live,
+            "/metrics": metrics.answer, "/version": _version, "/v1/models": listing.all,
+            "/v1/models/{name:path}": listing.one}
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    routes += [Route(path, function, methods=["GET"]) for path, function in gets.items()]
+    return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing, HttpError: _refused},
+                     middleware=[Middleware(Guard, settings=settings, observe=metrics.answered)])
+
+
+async def _version(request: Request) -> Response:
+    from inferloom import __version__
+
+    return JSONResponse({"version": __version__})
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code")
+    what = "there is no such path here" if status == 404 else "this path does not take this method"
+    return JSONResponse(HttpError(status, what, "not_found_error").openai(), status, getattr(error, "headers", None))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError)
+    return JSONResponse(error.openai(), error.status)

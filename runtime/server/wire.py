@@ -1,0 +1,139 @@
+"""What the HTTP process and an engine process say to each other.
+
+Messages are MessagePack, each behind its length as four bytes. They travel over a pair of connected Unix sockets that
+has no name: nobody else can connect, and either side sees at once when the other is gone.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from inferloom.runtime.params import SamplingParams
+
+#: A frame is at most this long: a prompt of millions of tokens fits.
+MAX_FRAME = 64 << 20
+HEADER = struct.Struct("<I")
+#: Token id, log-probability, rank.
+Scored = tuple[int, float, int]
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the text must be: `kind` is "json_schema", "regex" or "lark", `text` says which."""
+
+    kind: str
+    text: str
+
+
+class Load(msgspec.Struct, tag="load", frozen=True, array_like=True):
+    """First message: load the artifact at `path` with these options of `LLM`; `beat` seconds between signs of life."""
+
+    path: str
+    options: dict[str, Any]
+    beat: float
+
+
+class Add(msgspec.Struct, tag="add", frozen=True, array_like=True):
+    """A request."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    priority: int = 0
+    salt: bytes = b""
+    grammar: Grammar | None = None
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True, array_like=True):
+    """Nobody waits for this request any more."""
+
+    id: int
+
+
+class Stop(msgspec.Struct, tag="stop", frozen=True, array_like=True):
+    """End the process."""
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, array_like=True):
+    """The artifact is loaded; at most `longest` tokens fit in a sequence."""
+
+    blocks: int
+    seqs: int
+    longest: int
+    seconds: float
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True, array_like=True):
+    """The process ends for this reason."""
+
+    message: str
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
+    """The request asks for what cannot be done; nothing of it ran."""
+
+    id: int
+    message: str
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """What is new of one sample. `logprobs` has a list for each new token, if they were asked for."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[list[Scored]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class Update(msgspec.Struct, frozen=True, array_like=True):
+    """What is new of a request. `own_fault`: the `error` comes from what the request asked for."""
+
+    id: int
+    samples: list[Sample]
+    cached: int = 0
+    finished: bool = False
+    error: str | None = None
+    own_fault: bool = False
+    prompt_logprobs: list[list[Scored] | None] | None = None
+
+
+class Updates(msgspec.Struct, tag="updates", frozen=True, array_like=True):
+    """All news of a step."""
+
+    items: list[Update]
+
+
+class Beat(msgspec.Struct, tag="beat", frozen=True, array_like=True):
+    """A sign of life. `stuck`: seconds since work was last done while there is some. Then counts since the start."""
+
+    stuck: float
+    running: int
+    waiting: int
+    blocks: int
+    blocks_available: int
+    steps: int
+    tokens_computed: int
+    tokens_generated: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+ToEngine = Load | Add | Abort | Stop
+FromEngine = Ready | Failed | Refused | Updates | Beat
+
+_encoder = msgspec.msgpack.Encoder()
+read_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+read_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """A message with its length in front. ValueError when it is too long."""
+    data = _encoder.encode(message)
+    if len(data) > MAX_FRAME:
+        raise ValueError(f"a message of {len(data):,} bytes is longer than {MAX_FRAME:,}")
+    return HEADER.pack(len(data)) + data
