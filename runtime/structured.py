@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.structured_limits import MAX_DEPTH, MAX_GRAMMAR_BYTES
 
+#: Between the tokens of JSON: enough to indent, not enough to go on for ever, which small models like.
+_WHITESPACE = r"( |\n {0,32})?"
 #: Bytes of grammars' source whose compiled form is kept.
 CACHE_BYTES = 4 << 20
 
@@ -94,7 +96,7 @@ def _compiled(kind: str, text: str) -> str:
     if kind == "json_schema":
         _check_depth(text)
         try:
-            return str(LLMatcher.grammar_from_json_schema(text))
+            return str(LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE}))
         except ValueError as error:
             raise RequestError(f"grammar: {str(error)[:1000]}") from None
     if kind == "regex":

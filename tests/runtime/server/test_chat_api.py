@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 
 import httpx
@@ -134,12 +136,11 @@ def test_json_object(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("wanted, pattern", [
-    ({"regex": "(yes|no)[0-9]{3}"}, r"(yes|no)\d{3}"), ({"choice": ["red", "dark blue", 'a "quoted" one']}, r"red|dark blue|a \"quoted\" one"),
+    ({"regex": "(yes|no)[0-9]{3}"}, r"(yes|no)\d{3}"),
+    ({"choice": ["red", "dark blue", 'a "quoted" one']}, r"red|dark blue|a \"quoted\" one"),
     ({"grammar": 'start: "a" ("b" | "c")~3'}, "a[bc]{3}"), ({"json": '{"enum": [17]}'}, "17"),
 ])
 def test_structured_outputs(client: openai.OpenAI, wanted: object, pattern: str) -> None:
-    import re
-
     for n in (1, 3):
         got = client.chat.completions.create(model="demo", messages=MESSAGES, n=n, max_tokens=60,  # type: ignore[call-overload]
                                              extra_body={"structured_outputs": wanted})
@@ -156,7 +157,7 @@ def _nested(depth: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("wanted", [
-    {"regex": "[[["}, {"regex": "(a{1,9999}){1,9999}(b{1,9999}){1,9999}" * 40}, {"grammar": "start: nothing"},
+    {"regex": "[[["}, {"grammar": "start: nothing"},
     {"json": "{"}, {"json": {"type": "nope"}}, {"json": {"$ref": "http://127.0.0.1:1/x"}}, {"json": _nested(90)},
     {"regex": "a" * 70_000}, {}, {"regex": "a", "json_object": True}, {"choice": []}, {"structural_tag": "x"},
 ])
@@ -164,6 +165,21 @@ def test_grammar_bombs_fail_alone(server: Server, wanted: object) -> None:
     answer = httpx.post(server.url + "/v1/chat/completions", timeout=20, json={
         "messages": MESSAGES, "max_tokens": 4, "structured_outputs": wanted})
     assert answer.status_code == 400, answer.text
+    assert httpx.get(server.url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("wanted", [
+    {"regex": "(a{1,9999}){1,9999}(b{1,9999}){1,9999}" * 40}, {"regex": "(((a+)+)+)+$"},
+    {"grammar": "start: s\ns: s s | s s s | \"a\" | \"aa\" | \"aaa\"\n"},
+    {"json": {"anyOf": [{"type": "string", "pattern": f"^(a{{{i},99999}}b?)*$"} for i in range(1, 400)]}},
+])
+def test_costly_grammars_take_bounded_time(server: Server, wanted: object) -> None:
+    """They are refused, or served; either soon."""
+    start = time.monotonic()
+    answer = httpx.post(server.url + "/v1/chat/completions", timeout=20, json={
+        "messages": MESSAGES, "max_tokens": 8, "structured_outputs": wanted})
+    assert answer.status_code in (200, 400), answer.text
+    assert time.monotonic() - start < 10
     assert httpx.get(server.url + "/health").status_code == 200
 
 
@@ -175,7 +191,8 @@ def test_grammar_bombs_fail_alone(server: Server, wanted: object) -> None:
     {"messages": MESSAGES, "chat_template": "{{ 1 }}"}, {"messages": MESSAGES, "chat_template_kwargs": {"evil": True}},
     {"messages": MESSAGES, "top_logprobs": 3}, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 900},
     {"messages": MESSAGES, "audio": {"voice": "x"}}, {"messages": MESSAGES, "continue_final_message": True},
-    {"messages": MESSAGES, "response_format": {"type": "xml"}}, {"messages": MESSAGES, "response_format": {"type": "json_schema"}},
+    {"messages": MESSAGES, "response_format": {"type": "xml"}},
+    {"messages": MESSAGES, "response_format": {"type": "json_schema"}},
     {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "a b"}}]},
     {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
 ])
