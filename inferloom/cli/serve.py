@@ -53,6 +53,9 @@ def serve(
     drain_timeout: Annotated[float, _option("--drain-timeout", "Seconds that running requests get at the end.")] = 30.0,
     stall_timeout: Annotated[float, _option("--stall-timeout", "Seconds without a step until the engine counts as "
                                             "stalled; after twice that it is started again.")] = 60.0,
+    keep_alive: Annotated[float, _option("--keep-alive", "Seconds without a token until a stream gets a comment.")] = 10.0,
+    send_timeout: Annotated[float, _option("--send-timeout", "Seconds that a client may leave what is sent to it "
+                                           "unread.")] = 30.0,
     vllm_metrics: Annotated[bool, _option("--vllm-metrics", "Give metrics under vLLM's names, too.")] = False,
     log_level: Annotated[str, _option("--log-level", "debug, info, warning or error.")] = "info",
     chip: options.Chip = "cpu",
@@ -75,7 +78,8 @@ def serve(
     settings = Settings(
         host=host, port=port, api_keys=tuple(api_key or ()), allowed_hosts=tuple(allowed_hosts or ()),
         allowed_origins=tuple(allowed_origins or ()), max_queue=max_queue, max_body_bytes=options.parse_bytes(max_body),
-        max_logprobs=max_logprobs, drain_timeout=drain_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
+        max_logprobs=max_logprobs, drain_timeout=drain_timeout, keep_alive=keep_alive,
+        send_timeout=send_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
         log_level=log_level)
     compiling = options.compile_options(chip, dtype, max_model_len)
     wanted = []

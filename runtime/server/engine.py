@@ -61,9 +61,7 @@ class EngineProcess:
     async def stop(self) -> None:
         """End the process; requests that still run fail."""
         self._state = "stopped"
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.write(wire.frame(wire.Stop()))
+        self._say(wire.Stop())
         process = self._process
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -39,6 +39,7 @@ class Metrics:
         self._prompt = counter("prompt_tokens", "Tokens of prompts.")
         self._generated = counter("generation_tokens", "Tokens generated.")
         self._first = histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _SECONDS)
+        self._queue = histogram("request_queue_time_seconds", "From a request's arrival to its first step.", _SECONDS)
         self._each = histogram("inter_token_latency_seconds", "Mean time between tokens of a request.", _SECONDS)
         self._whole = histogram("e2e_request_latency_seconds", "From a request's arrival to its end.", _SECONDS)
         self._prompts = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
@@ -61,6 +62,7 @@ class Metrics:
             self._answers.labels(model).observe(ticket.generated)
             self._whole.labels(model).observe(now - ticket.created)
             if ticket.first:
+                self._queue.labels(model).observe(ticket.queued)
                 self._first.labels(model).observe(ticket.first - ticket.created)
                 each = ticket.generated / ticket.samples - 1
                 if each > 0:

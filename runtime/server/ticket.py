@@ -21,7 +21,7 @@ class Ticket:
     def __init__(self, number: int, samples: int, prompt_tokens: int) -> None:
         self.id, self.samples, self.prompt_tokens = number, samples, prompt_tokens
         self.created, self.first, self.last = time.monotonic(), 0.0, 0.0
-        self.generated, self.finished = 0, False
+        self.generated, self.queued, self.finished = 0, 0.0, False
         self._news: list[Update] = []
         self._pending = 0
         self._error: HttpError | None = None
@@ -36,6 +36,7 @@ class Ticket:
         scored = sum(len(p) for s in update.samples for p in s.logprobs or ())
         self._pending += new + scored
         self.generated += new
+        self.queued = update.queued
         self.finished = update.finished
         self._ready.set()
         return self._pending <= MAX_PENDING
@@ -64,7 +65,7 @@ def _together(news: list[Update]) -> Update:
     last = news[-1]
     prompt = next((u.prompt_logprobs for u in news if u.prompt_logprobs is not None), None)
     return Update(last.id, [_joined(parts) for parts in samples.values()], last.cached, last.finished, last.error,
-                  last.own_fault, prompt)
+                  last.own_fault, last.queued, prompt)
 
 
 def _joined(parts: list[Sample]) -> Sample:

@@ -90,7 +90,8 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Update(msgspec.Struct, frozen=True, array_like=True):
-    """What is new of a request. `own_fault`: the `error` comes from what the request asked for."""
+    """What is new of a request. `own_fault`: the `error` comes from what the request asked for. `queued`: seconds until
+    it had its first place in a step."""
 
     id: int
     samples: list[Sample]
@@ -98,6 +99,7 @@ class Update(msgspec.Struct, frozen=True, array_like=True):
     finished: bool = False
     error: str | None = None
     own_fault: bool = False
+    queued: float = 0.0
     prompt_logprobs: list[list[Scored] | None] | None = None
 
 

@@ -35,6 +35,8 @@ class Worker:
         self._grammar_work: queue.SimpleQueue[wire.Add] = queue.SimpleQueue()
         self._sent: dict[int, list[tuple[int, int]]] = {}  # tokens and characters of each sample that have gone out
         self._building: dict[int, bool] = {}  # requests whose grammar is being built; whether they are still wanted
+        self._waits: dict[str, float] = {}  # since when requests wait for their first step
+        self._queued: dict[str, float] = {}  # how long those that run have waited
         self._moved = time.monotonic()
 
     def run(self) -> None:
@@ -59,7 +61,10 @@ class Worker:
                     return
                 self._take(message)
             before = engine.stats().steps
-            news = [self._update(output) for output in engine.step()]
+            outputs = engine.step()
+            if self._waits:
+                self._note_starts()
+            news = [self._update(output) for output in outputs]
             if engine.stats().steps != before or news:
                 self._moved = time.monotonic()
             else:
@@ -80,7 +85,7 @@ class Worker:
             if message.id in self._building:
                 self._building[message.id] = False
             if self._engine.abort(str(message.id)) is not None:
-                self._sent.pop(message.id, None)
+                self._forget(message.id)
         elif callable(message):
             message()
 
@@ -92,6 +97,17 @@ class Worker:
             self._send(wire.Refused(message.id, str(error) or repr(error)))
         else:
             self._sent[message.id] = [(0, 0)] * message.params.n
+            self._waits[str(message.id)] = time.monotonic()
+
+    def _note_starts(self) -> None:
+        now = time.monotonic()
+        for name in {s.request.id for s in self._engine.scheduler.running} & self._waits.keys():
+            self._queued[name] = now - self._waits.pop(name)
+
+    def _forget(self, number: int) -> None:
+        self._sent.pop(number, None)
+        self._waits.pop(str(number), None)
+        self._queued.pop(str(number), None)
 
     def _built(self, message: wire.Add, guide: Callable[[], object] | str) -> None:
         if not self._building.pop(message.id):
@@ -111,11 +127,12 @@ class Worker:
             if len(sample.token_ids) > tokens or len(sample.text) > text or sample.finish_reason is not None:
                 samples.append(_news(sample, tokens, text))
                 sent[sample.index] = len(sample.token_ids), len(sample.text)
+        queued = self._queued.get(output.request_id, 0.0)
         if output.finished:
-            del self._sent[name]
+            self._forget(name)
         error = output.error
         return wire.Update(name, samples, output.num_cached_tokens, output.finished, error,
-                           error is not None and error.startswith(_OWN),
+                           error is not None and error.startswith(_OWN), queued,
                            None if first is None else [None if p is None else _scored(p) for p in first])
 
     # -- the other threads

@@ -148,6 +148,7 @@ def test_a_stalled_engine_is_not_ready_and_is_replaced(start: Callable[..., Serv
     assert httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_reading_is_dropped(start: Callable[..., Server]) -> None:
     """Its socket's buffers are small, so what it does not take stays with the server."""
     server = start("--send-timeout", "0.5")
