@@ -35,7 +35,8 @@ def bearer(key: str) -> dict[str, str]:
                                   "/health/../metrics", "//health", "/health/x", "/HEALTH", "/v1/messages", "/%2e/health"])
 def test_everything_needs_a_key(locked: Server, path: str) -> None:
     with httpx.Client(base_url=locked.url) as client:
-        for headers in ({}, bearer("wrong-key"), {"authorization": "Bearer"}, {"x-api-key": KEYS[0][:-1]}, {"authorization": KEYS[0] + "x"}):
+        for headers in ({}, bearer("wrong-key"), {"authorization": "Bearer"}, {"x-api-key": KEYS[0][:-1]},
+                        {"authorization": KEYS[0] + "x"}):
             answer = client.get(path, headers=headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", (path, answer.text)
 
