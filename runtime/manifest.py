@@ -27,9 +27,11 @@ KEY_TILE = 16
 """Tokens that lie together in a block of state."""
 SEAL, MANIFEST = "SEAL", "manifest.json"
 KERNELS_FILE = "kernels/kernels.so"
+FOREIGN = {"wasm": "kernels/kernels.wasm", "opencl": "kernels/kernels.cl", "webgpu": "kernels/kernels.wgsl"}
+"""By driver, the kernels that this runtime has no device for: other programs run them."""
 
 Space = Literal["workspace", "weights", "state", "input"]
-Driver = Literal["none", "cuda", "hip"]
+Driver = Literal["none", "cuda", "hip", "wasm", "opencl", "webgpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class Chip:
     """What the kernels were compiled for.
 
     `triple` and `features` (CPU flags as /proc/cpuinfo names them) are those of the process that loads
-    kernels.so. A GPU is reached through `driver`; its code is for `arch`, such as "sm_90" or "gfx942".
+    kernels.so. A GPU is reached through `driver`; its code is for `arch`, such as "sm_90" or "gfx942". `driver` is also what
+    runs the kernels of `FOREIGN`.
     """
 
     name: str
@@ -263,6 +266,11 @@ class Manifest:
         return write(self)
 
 
+def kernels_file(driver: str) -> str:
+    """Where the kernels for a driver are in an artifact."""
+    return FOREIGN.get(driver, KERNELS_FILE)
+
+
 def dumps(manifest: Manifest) -> bytes:
     """The canonical bytes: sorted keys, indent 1, trailing newline, ASCII."""
     text = json.dumps(manifest.to_json(), sort_keys=True, indent=1, allow_nan=False)
@@ -352,7 +360,7 @@ def _problems(m: Manifest) -> Iterator[str]:
         if max(kernel.grid.tile, kernel.grid.mult) >= 2**31:
             yield f"kernels[{i}].grid does not fit 32 bits"
         launch = kernel.launch
-        if (launch is None) != (m.chip.driver == "none"):
+        if (launch is None) != (m.chip.driver in ("none", "wasm")):
             yield f"kernels[{i}].launch belongs to kernels of a GPU, and to all of them"
         elif launch is not None and not (1 <= launch.threads <= 1024 and 0 <= launch.shared < 2**20
                                          and 0 <= launch.least <= launch.most < 2**31):

@@ -32,6 +32,7 @@ class CpuChip:
     bf16_dot: str = ""
     i8_dot: str = ""
     sve_bits: int = 0
+    fused: bool = True
     mattr: tuple[str, ...] = ()
     mabi: str = ""
     driver: str = "none"
@@ -50,6 +51,8 @@ class CpuChip:
             target["mattr"] = list(self.mattr)
         if self.mabi:
             target["mabi"] = self.mabi
+        if self.driver == "wasm":
+            target["vector-width"] = 128  # a guess that TVM would make too, with a warning
         if self.sve_bits:
             target["cl-opt"] = [f"-aarch64-sve-vector-bits-min:uint={self.sve_bits}"]
         return target
@@ -96,7 +99,7 @@ def chips() -> dict[str, Chip]:
     data = tomllib.loads(TABLE.read_text())
     table: dict[str, Chip] = {}
     for name, entry in data.items():
-        kind = GpuChip if "driver" in entry else CpuChip
+        kind = CpuChip if "mcpu" in entry else GpuChip
         unknown = set(entry) - {f.name for f in fields(kind)}
         if unknown:
             raise UnsupportedError(f"chips.toml: chip {name} has unknown keys {sorted(unknown)}")

@@ -9,14 +9,16 @@ from typing import Any
 
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.types import DType
+from inferloom.runtime.manifest import kernels_file
 from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress, expert_counts
 from inferloom.targets.chips import CpuChip
-from inferloom.targets.link import link_shared
+from inferloom.targets.link import link_shared, link_wasm
 from inferloom.targets.tvm import attention, blocks, experts, matmul, rows, scan
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.toolchain import compile_object
+from inferloom.targets.tvm.vmath import Dialect, dialect
 
-STEPPER = Path(__file__).with_name("stepper.c")
+STEPPER, WASM_STEPPER = (Path(__file__).with_name(name) for name in ("stepper.c", "stepper_wasm.c"))
 #: Tokens of an attention tile.
 Q_TILE = 16
 
@@ -47,6 +49,10 @@ class CpuTarget:
 
     def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
         """Generate, compile and link all kernels of an artifact."""
+        with dialect(Dialect.LLVM if self.chip.fused else Dialect.LLVM_UNFUSED):
+            return self._compile(sources)
+
+    def _compile(self, sources: Sequence[KernelSource]) -> CompiledModule:
         chip, isa = self.chip, isa_of(self.chip)
         functions, infos = {}, list[KernelInfo]()
         for number, source in enumerate(sources):
@@ -68,5 +74,12 @@ class CpuTarget:
             functions[source.symbol] = fn
             facts = expert_counts(source) if kind == "experts" else {}
             infos.append(KernelInfo(source.symbol, kind, number, grid, args, resources=facts))
-        data = link_shared([compile_object(functions, chip.tvm_target)], [STEPPER], chip.triple)
-        return CompiledModule({"kernels/kernels.so": data}, tuple(infos), (Q_TILE, 0))
+        code = compile_object(functions, chip.tvm_target)
+        return CompiledModule({kernels_file(chip.driver): link(chip, code, [*functions])}, tuple(infos), (Q_TILE, 0))
+
+
+def link(chip: CpuChip, code: bytes, symbols: Sequence[str]) -> bytes:
+    """What the object of kernels and the stepper make: a shared library, or a WebAssembly module."""
+    if chip.driver == "wasm":
+        return link_wasm([code], [WASM_STEPPER], chip.triple, [*symbols, "il_abi", "il_step"])
+    return link_shared([code], [STEPPER], chip.triple)

@@ -1,12 +1,16 @@
 """Vector mathematics as TIR expressions, for any number of lanes and any CPU.
 
-Polynomials were fitted with Chebyshev nodes; relative errors are about 1e-7. `exp(0)` is exactly 1 and the exp of
-a very negative number exactly 0, on which the attention kernel relies.
+Dialects without fused products spell them out: constants that are multiplied with integers have so few bits that the
+products are exact. Polynomials were fitted with Chebyshev nodes; relative errors are about 1e-7. `exp(0)` is exactly 1
+and the exp of a very negative number exactly 0, on which the attention kernel relies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import Enum
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -16,7 +20,7 @@ from inferloom.targets.tvm.emit import f32, number, splat, typed
 Expr = Any
 
 _LOG2E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.6931471824645996, -1.9046542121259336e-09
+_LN2_HIGH, _LN2_LOW = 0.693359375, -0.00021219444170128554
 _EXP = (0.500000001, 0.16666576, 0.0416664625, 0.00836334833, 0.00139339118)
 _TANH = (0.999999996, -0.333332535, 0.133309573, -0.0537070676, 0.0205449054, -0.00560768872)
 _ERF_SMALL = (1.12837917, -0.376126269, 0.112835975, -0.0268543288, 0.00518931194, -0.000801885499, 7.88249711e-05)
@@ -26,15 +30,43 @@ _SIN = (-0.166666645, 0.00833271841, -0.000195815008)
 _COS = (0.0416666645, -0.00138882737, 2.45416134e-05)
 _LOG = (0.333333312, -0.24999989, 0.200007075, -0.166684802, 0.142499365, -0.124110506, 0.116615114, -0.115712011,
         0.0714975345)
-_HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15)
+_HALF_PI = (1.5625, 0.0081787109375, 0.00011730194091796875, 3.1391647326017846e-07)
+
+
+class Dialect(Enum):
+    """What operations beyond TIR's own are written as."""
+
+    LLVM = "LLVM's intrinsics"
+    LLVM_UNFUSED = "LLVM's intrinsics, but products and sums one after the other"
+    PLAIN = "TVM's own functions, products and sums one after the other"
+
+
+_dialect: ContextVar[Dialect] = ContextVar("dialect", default=Dialect.LLVM)
+
+
+@contextmanager
+def dialect(wanted: Dialect) -> Iterator[None]:
+    """Kernels that are emitted in this context are written in `wanted`."""
+    token = _dialect.set(wanted)
+    try:
+        yield
+    finally:
+        _dialect.reset(token)
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
-    """a * b + c with one rounding."""
+    """a * b + c with one rounding, where the dialect has it."""
+    if _dialect.get() is not Dialect.LLVM:
+        return a * b + c
     return T.call_llvm_pure_intrin(f32(lanes), "llvm.fma", a, b, c)
 
 
+_PLAIN = {"llvm.sqrt": T.sqrt, "llvm.fabs": T.fabs, "llvm.floor": T.floor, "llvm.rint": lambda x: T.floor(x + T.float32(0.5))}
+
+
 def _unary(name: str, x: Expr, lanes: int) -> Expr:
+    if _dialect.get() is Dialect.PLAIN:
+        return _PLAIN[name](x)
     return T.call_llvm_pure_intrin(f32(lanes), name, x)
 
 
@@ -119,7 +151,7 @@ def erf(x: Expr, lanes: int) -> Expr:
 
 
 def _quadrant(x: Expr, lanes: int) -> tuple[Expr, Expr]:
-    """Multiple of pi/2 nearest to x and what is left, exact for |x| up to 2e5 thanks to fused products."""
+    """Multiple of pi/2 nearest to x and what is left, exact for |x| up to 2e5: all but the last part of pi/2 has 7 bits."""
     n = T.Bind(_unary("llvm.rint", x * number(2 / 3.141592653589793, lanes), lanes))
     r = x
     for part in _HALF_PI:

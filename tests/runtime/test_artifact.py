@@ -161,6 +161,16 @@ def test_manifest_that_does_not_fit_the_files(toy):
         seal(toy, replace(manifest, weights=shifted))
 
 
+@pytest.mark.parametrize("driver", sorted(manifests.FOREIGN))
+def test_what_other_programs_run_is_refused(toy, driver):
+    artifact = Artifact.open(toy)
+    there = Artifact(toy, replace(artifact.manifest, chip=replace(artifact.manifest.chip, name="other", driver=driver)))
+    with pytest.raises(ArtifactError, match=f"chip other, which this runtime has no device for.*{manifests.FOREIGN[driver]}"):
+        there.check_chip()
+    with pytest.raises(ArtifactError, match=f"does not list '{manifests.FOREIGN[driver]}'"):
+        there._check_files()
+
+
 def test_other_chips_are_refused(toy, tmp_path):
     chip = toy_manifest()["chip"]
     write_toy(tmp_path / "other", b"x", {"chip": chip | {"triple": "riscv64-linux-gnu"}})

@@ -1,0 +1,37 @@
+"""The WebAssembly module of an artifact under node: a whole model's steps against this machine's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inferloom.runtime.errors import ArtifactError
+from inferloom.runtime.manifest import FOREIGN
+from tests.targets.cross.conftest import missing, steps
+from tests.targets.cross.job import model_job, read_output, run_here
+
+DRIVER = Path(__file__).with_name("driver.mjs")
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_step(dtype: str, compiled, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    node = shutil.which("node") or missing("node")
+    here, there = compiled("cpu", dtype), compiled("wasm32", dtype)
+    batches = steps(there.manifest)
+    (tmp_path / "job").write_bytes(model_job(there, batches))
+    done = subprocess.run([str(node), DRIVER, there.path / FOREIGN["wasm"], tmp_path / "job", tmp_path / "out"],
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    got = read_output((tmp_path / "out").read_bytes(), there.manifest, batches)
+    for g, w in zip(got, run_here(here.path, batches), strict=True):
+        assert np.abs(g - w).max() <= TOLERANCE[dtype] * w.std(), np.abs(g - w).max() / w.std()
+    # A sequence's last logits, of chunks and beside another one, and of one prompt alone.
+    assert np.array_equal(got[2][1], got[3][0])
+    with pytest.raises(ArtifactError, match="wasm32, which this runtime has no device for"):
+        there.check_chip()
