@@ -62,6 +62,11 @@ class Artifact:
             artifact.check_chip()
         return artifact
 
+    @property
+    def identity(self) -> str:
+        """The BLAKE3 of the manifest, in hex: what state was computed by."""
+        return blake3(manifests.dumps(self.manifest)).hexdigest()
+
     def read(self, name: str) -> bytes:
         """The verified bytes of a listed file. ArtifactError when it is not listed or is damaged."""
         return load_verified(self.path / name, self._info(name)).bytes.tobytes()

@@ -14,12 +14,15 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.llm import LLM, Prompt
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.sessions import Sessions
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -54,8 +57,8 @@ class AsyncLLM:
         self._thread.start()
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None,
-                       priority: int = 0) -> AsyncIterator[RequestOutput]:
-        """Yield the request's output as it grows; the last one is finished.
+                       priority: int = 0, session: str | None = None, hold: float = 0.0) -> AsyncIterator[RequestOutput]:
+        """Yield the request's output as it grows; the last one is finished. `session` and `hold` as for the engine.
 
         Leaving the iteration early (or cancelling its task) aborts the request. RequestError when it cannot be
         served.
@@ -68,7 +71,7 @@ class AsyncLLM:
             if name in self._boxes:
                 raise RequestError(f"request id {name!r} is in use")
             self._boxes[name] = box
-            self._work.put(lambda: self._add(name, box, prompt, params or SamplingParams(), priority))
+            self._work.put(lambda: self._add(name, box, prompt, params or SamplingParams(), priority, session, hold))
         finished = False
         try:
             while not finished:
@@ -90,6 +93,32 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request now; its reader gets a last output with finish_reason "abort"."""
         self._work.put(lambda: self._abort(request_id))
+
+    async def sessions(self, work: Callable[[Sessions], T]) -> T:
+        """What `work` makes of the engine's sessions, on the engine's thread between two steps. RequestError without any."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if not done.done():
+                done.set_exception(error) if error is not None else done.set_result(result)  # type: ignore[arg-type]
+
+        def task() -> None:
+            result, error = None, None
+            try:
+                if self.llm.engine.sessions is None:
+                    raise RequestError("sessions need the prefix cache, which is switched off")
+                result = work(self.llm.engine.sessions)
+            except Exception as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever asked
+                loop.call_soon_threadsafe(settle, result, error)
+
+        with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed")
+            self._work.put(task)
+        return await done
 
     def close(self) -> None:
         """Abort what runs, stop the thread, give memory back. Closing twice is fine."""
@@ -124,10 +153,12 @@ class AsyncLLM:
             for output in outputs:
                 self._deliver(output)
 
-    def _add(self, name: str, box: _Mailbox, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+    def _add(self, name: str, box: _Mailbox, prompt: Prompt, params: SamplingParams, priority: int, session: str | None,
+             hold: float) -> None:
         try:
             tokens = self.llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            self.llm.engine.add_request(name, tokens, params, prompt if isinstance(prompt, str) else None, priority)
+            self.llm.engine.add_request(name, tokens, params, prompt if isinstance(prompt, str) else None, priority,
+                                        session, hold)
         except Exception as error:  # the request's own: the engine goes on
             box.put(error)
         else:

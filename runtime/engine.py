@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from inferloom.runtime.errors import RequestError
 from inferloom.runtime.facts import Facts
 from inferloom.runtime.guide import Guide
 from inferloom.runtime.outputs import CompletionOutput, RequestOutput
+from inferloom.runtime.leases import Leases
 from inferloom.runtime.params import SamplingParams
-from inferloom.runtime.prefix_cache import PrefixCache
+from inferloom.runtime.prefix_cache import Below, PrefixCache
 from inferloom.runtime.request import Request, Sequence
 from inferloom.runtime.sampler import sample, token_logprobs
 from inferloom.runtime.scheduler import Limits, Scheduler, Work
+from inferloom.runtime.sessions import Sessions, check_name
 from inferloom.runtime.state import fill_tables, longest
+from inferloom.runtime.tiers.tiers import Tiers
 from inferloom.runtime.top import TopRow
 
 
@@ -43,16 +47,22 @@ class Stats:
 class Engine:
     """Runs requests on a device.
 
-    `salt` separates prefix caches; without `prefix_caching` nothing is shared. Not thread-safe: see AsyncLLM.
+    `salt` separates prefix caches; without `prefix_caching` nothing is shared. `tiers` are the places for state below the
+    pool; leases together hold at most the share `leased` of it. Not thread-safe: see AsyncLLM.
     """
 
     def __init__(self, device: Device, limits: Limits, vocab_size: int, tokenizer: Tokenizer | None = None,
                  eos_token_ids: Seq[int] = (), prefix_caching: bool = True, salt: bytes = b"",
-                 seed: int | None = None) -> None:
+                 seed: int | None = None, tiers: Tiers | None = None, leased: float = 0.5,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self.device, self.limits, self.vocab_size, self.tokenizer = device, limits, vocab_size, tokenizer
         self.eos = frozenset(eos_token_ids)
         self.pool = BlockPool(device.num_blocks)
-        self.cache = PrefixCache(self.pool, limits.block_tokens, salt, limits.groups) if prefix_caching else None
+        self.tiers = tiers or Tiers()
+        below = Below(self.tiers, device.read_block, device.write_block, self.tiers.worth)
+        self.cache = PrefixCache(self.pool, limits.block_tokens, salt, limits.groups, below) if prefix_caching else None
+        self.leases = Leases(self.pool, int(leased * device.num_blocks))
+        self.sessions = Sessions(self.cache, self.leases, self.tiers, clock) if self.cache is not None else None
         self.scheduler = Scheduler(self.pool, limits, self.cache)
         self.longest = longest(limits.groups, device.num_blocks, limits.tokens, limits.block_tokens,
                                min(limits.max_model_len, limits.blocks_per_seq * limits.block_tokens))
@@ -63,10 +73,12 @@ class Engine:
         self._seed = secrets.randbits(64) if seed is None else seed
 
     def add_request(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, prompt: str | None = None,
-                    priority: int = 0, salt: bytes = b"", guide: Callable[[], Guide] | None = None) -> None:
+                    priority: int = 0, salt: bytes = b"", guide: Callable[[], Guide] | None = None, session: str | None = None,
+                    hold: float = 0.0) -> None:
         """Queue a request; `guide` makes what holds each of its sequences to a grammar.
 
-        RequestError when it can never run; nothing is queued then.
+        `session` remembers what it has computed under that name, and `hold` lets that wait for so many seconds, where it
+        costs least. RequestError when it can never run; nothing is queued then.
         """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
@@ -92,8 +104,15 @@ class Engine:
                                "of logits: compile with a larger max_seqs, or leave prompt_logprobs out")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the artifact has none: use stop_token_ids")
+        if session is not None:
+            check_name(session)
+            if self.sessions is None:
+                raise RequestError("sessions need the prefix cache, which is switched off")
+        if not hold >= 0 or (hold and session is None):
+            raise RequestError("hold is a number of seconds, and needs a session")
         arrival = next(self._arrivals)
-        request = Request(request_id, prompt, tuple(int(t) for t in prompt_ids), params, arrival, priority, salt)
+        request = Request(request_id, prompt, tuple(int(t) for t in prompt_ids), params, arrival, priority, salt, session,
+                          hold)
         for sequence in request.sequences:
             sequence.guide = None if guide is None else guide()
         self._requests[request_id] = request
@@ -120,6 +139,8 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the requests that made progress. A failing device ends all that took part."""
+        if self.sessions is not None:
+            self.sessions.tick()
         work = self.scheduler.schedule()
         if not work:
             return []
@@ -127,7 +148,10 @@ class Engine:
         try:
             if self.scheduler.copies:
                 self.device.copy_blocks(self.scheduler.copies)
+            start = time.perf_counter()
             logits = self.device.step(self._batch(work, rows))
+            if len(work) != len(sampling):  # most of such a step are tokens of prompts
+                self.tiers.costs.compute.add(sum(w.count for w in work), time.perf_counter() - start)
         except Exception as error:
             return self._fail(work, str(error) or repr(error))
         self._steps += 1
@@ -207,7 +231,12 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: str, stop: str | int | None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop
+        request, computed, root = sequence.request, sequence.tokens[:sequence.computed], self.scheduler.root(sequence)
         self.scheduler.remove(sequence)
+        if self.sessions is not None and request.session is not None and sequence.index == 0 and computed:
+            self.sessions.remember(request.session, computed, root)
+            if request.hold:
+                self.sessions.pause(request.session, request.hold)
         text = self._texts.get(sequence)
         if text is not None:
             text.finish()
@@ -248,6 +277,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise ValueError when blocks leak or books disagree."""
         self.scheduler.check_integrity()
+        self.leases.check_integrity()
         queued = len(self.scheduler.waiting) + len(self.scheduler.running)
         open_ = sum(s.finish_reason is None for r in self._requests.values() for s in r.sequences)
         if queued != open_:

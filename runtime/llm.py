@@ -24,9 +24,13 @@ from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.scheduler import Limits
 from inferloom.runtime.state import Group, Held, fill_tables
+from inferloom.runtime.tiers.disk import DiskStore
+from inferloom.runtime.tiers.ram import RamStore
+from inferloom.runtime.tiers.tiers import Tiers
 
 Prompt = str | Sequence[int]
 DEFAULT_STATE_BYTES = 4 * 2**30
+DEFAULT_DISK_BYTES = 16 * 2**30
 _TOKENIZER = "tokenizer/tokenizer.json"
 
 
@@ -35,13 +39,15 @@ class LLM:
 
     `memory_bytes` bounds everything together (default: what the artifact needs, and for state the least of 4 GiB,
     half of the memory that is free, and all that its limits can use; on a GPU, nine tenths of what is free there).
-    `threads` of a CPU defaults to the usable cores, `gpu` is the driver's number of the GPU. Raises ArtifactError for
-    an artifact that is damaged, foreign or does not fit.
+    `threads` of a CPU defaults to the usable cores, `gpu` is the driver's number of the GPU. State that leaves the pool
+    goes to `ram_bytes` of memory beside it; sessions are saved in the folder `state_dir`, at most `disk_bytes` of it.
+    Raises ArtifactError for an artifact that is damaged, foreign or does not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int | None = None, threads: int | None = None,
                  gpu: int = 0, max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
-                 enable_prefix_caching: bool = True, seed: int | None = None) -> None:
+                 enable_prefix_caching: bool = True, seed: int | None = None, ram_bytes: int = 0,
+                 state_dir: str | os.PathLike[str] | None = None, disk_bytes: int = DEFAULT_DISK_BYTES) -> None:
         self.artifact = Artifact.open(Path(path))
         m = self.manifest = self.artifact.manifest
         limits = Limits(tokens=_at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
@@ -59,8 +65,14 @@ class LLM:
         else:
             self.device = GpuDevice(self.artifact, memory_bytes=memory_bytes, ordinal=gpu)
         salt = m.files[m.weights.file].blake3.encode()
+        try:
+            tiers = Tiers(m.state.bytes_per_block, RamStore(ram_bytes) if ram_bytes else None, None if state_dir is None
+                          else DiskStore(state_dir, self.artifact.identity, m.state.bytes_per_block, disk_bytes))
+        except BaseException:
+            self.device.close()
+            raise
         self.engine = Engine(self.device, limits, m.model.vocab_size, self.tokenizer, m.model.eos_token_ids,
-                             enable_prefix_caching, salt, seed)
+                             enable_prefix_caching, salt, seed, tiers)
         self._count = 0
 
     def _verify_rest(self) -> None:
@@ -156,7 +168,8 @@ class LLM:
         return self.engine.stats()
 
     def close(self) -> None:
-        """Give threads and memory back."""
+        """Give threads, memory and the folder of state back."""
+        self.engine.tiers.close()
         self.device.close()
 
     def __enter__(self) -> LLM:

@@ -51,7 +51,8 @@ class Sequence:
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt with `n` samples. Lower `priority` runs first; ties go by arrival. Only requests with the same `salt`
-    share cached prefixes."""
+    share cached prefixes. What its first sample computed is remembered as `session`, and held for `hold` seconds.
+    """
 
     id: str
     prompt: str | None
@@ -60,6 +61,8 @@ class Request:
     arrival: int
     priority: int = 0
     salt: bytes = b""
+    session: str | None = None
+    hold: float = 0.0
     cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)

@@ -143,12 +143,12 @@ class Scheduler:
                     held.blocks, held.next = [held.next], None
             while self.cache is not None and (len(sequence.keys) + 1) * size <= sequence.computed:
                 at = len(sequence.keys)
-                before = sequence.keys[-1] if at else self._root(sequence)
+                before = sequence.keys[-1] if at else self.root(sequence)
                 key = self.cache.key(before, sequence.tokens[at * size:(at + 1) * size])
                 sequence.keys.append(key)
                 self.cache.record(sequence.held, at, key, sequence.computed)
 
-    def _root(self, sequence: Sequence) -> bytes | None:
+    def root(self, sequence: Sequence) -> bytes | None:
         """What the keys of its blocks start from: the request's salt; and state of a prompt whose tokens see each other
         depends on all of it."""
         if self.cache is None:
@@ -187,7 +187,7 @@ class Scheduler:
         if donor is not None:
             shared, part = self._fork(sequence, donor)
         elif self.cache is not None and not sequence.rows(len(sequence.tokens)):
-            sequence.held, sequence.keys = self.cache.take(sequence.tokens, self._root(sequence))
+            sequence.held, sequence.keys = self.cache.take(sequence.tokens, self.root(sequence))
             shared = len(sequence.keys)
         else:
             sequence.held = [Held() for _ in self.limits.groups]

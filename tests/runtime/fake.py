@@ -89,21 +89,34 @@ class FakeDevice:
         for source, target in pairs:
             self.slots[target * size:(target + 1) * size] = self.slots[source * size:(source + 1) * size]
 
+    @property
+    def block_bytes(self) -> int:
+        return 8 * self.block_tokens + 40
+
     def read_block(self, block: int) -> bytes:
-        raise NotImplementedError
+        size = self.block_tokens
+        held = [(-1, -1) if slot is None else slot for slot in self.slots[block * size:(block + 1) * size]]
+        chain, count = self.chains[block] or (bytes(32), -1)
+        return np.array(held, "<i4").tobytes() + chain + count.to_bytes(8, "little", signed=True)
 
     def write_block(self, block: int, data: bytes) -> None:
-        raise NotImplementedError
+        assert len(data) == self.block_bytes
+        size = self.block_tokens
+        held = np.frombuffer(data[:8 * size], "<i4").reshape(size, 2).tolist()
+        self.slots[block * size:(block + 1) * size] = [None if t < 0 else (t, p) for t, p in held]
+        count = int.from_bytes(data[-8:], "little", signed=True)
+        self.chains[block] = None if count < 0 else (data[8 * size:-8], count)
 
     def close(self) -> None:
         pass
 
 
 def make_engine(blocks: int = 64, block_tokens: int = 4, tokens: int = 32, seqs: int = 8, length: int = 64,
-                groups: tuple[Group, ...] = ALL_KEYS, rows: int | None = None, **options: Any) -> Engine:
+                groups: tuple[Group, ...] = ALL_KEYS, rows: int | None = None, device: FakeDevice | None = None,
+                **options: Any) -> Engine:
     """An engine on a FakeDevice."""
     limits = Limits(tokens, seqs, -(-length // block_tokens), block_tokens, length, groups, rows=rows)
-    return Engine(FakeDevice(blocks, block_tokens, groups), limits, VOCAB, **{"seed": 0, **options})
+    return Engine(device or FakeDevice(blocks, block_tokens, groups), limits, VOCAB, **{"seed": 0, **options})
 
 
 def finish(engine: Engine, most: int = 10_000) -> dict[str, RequestOutput]:

@@ -1,0 +1,206 @@
+"""Sessions: what an agent has said and read so far, whose state waits while the agent is away.
+
+A session is a name for a sequence of tokens. Its state is ordinary cache: whoever sends these tokens again, under this
+name or not, starts from what is left of it. While it is paused, the state can be kept in the pool by a lease, be copied to
+memory or disk, or be given up; `auto` takes what costs least (tiers/policy.py). Each wish is answered by an `Outcome`,
+none changes any result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from inferloom.runtime.blocks import Key
+from inferloom.runtime.errors import RequestError
+from inferloom.runtime.leases import Leases, Outcome
+from inferloom.runtime.prefix_cache import PrefixCache
+from inferloom.runtime.tiers.disk import SavedSession
+from inferloom.runtime.tiers.policy import PLACES
+from inferloom.runtime.tiers.store import Pages, size
+from inferloom.runtime.tiers.tiers import Tiers
+
+MAX_NAME, MAX_SESSIONS = 256, 10_000
+#: How long a session stays on disk at most, in seconds.
+LONGEST_ON_DISK = 30 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A session as it stands: tokens, where the blocks that it needs are, seconds until its lease ends."""
+
+    name: str
+    tokens: int
+    blocks: int
+    pooled: int
+    in_ram: int
+    on_disk: int
+    leased: float
+    saved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    root: bytes | None
+    tokens: tuple[int, ...]
+    keys: tuple[bytes, ...]
+
+
+class Sessions:
+    """The sessions of one engine; `clock` gives monotonic seconds, `wall` those since 1970."""
+
+    def __init__(self, cache: PrefixCache, leases: Leases, tiers: Tiers, clock: Callable[[], float] = time.monotonic,
+                 wall: Callable[[], float] = time.time) -> None:
+        self.cache, self.leases, self.tiers, self._clock, self._wall = cache, leases, tiers, clock, wall
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._looked = wall()
+        if tiers.disk is not None:
+            tiers.disk.expire(wall())
+            for saved in tiers.disk.sessions.values():
+                self._sessions[saved.name] = _Session(saved.root, saved.tokens, self._chain(saved.tokens, saved.root))
+
+    def remember(self, name: str, tokens: Sequence[int], root: bytes | None = None) -> None:
+        """A request of the session has come so far: `tokens`, whose hashes start from `root`, have state."""
+        check_name(name)
+        self.leases.drop(name)
+        self._sessions[name] = _Session(root, tuple(tokens), self._chain(tokens, root))
+        self._sessions.move_to_end(name)
+        while len(self._sessions) > MAX_SESSIONS:
+            self.close(next(iter(self._sessions)))
+
+    def pause(self, name: str, seconds: float, *, returns_in: float | None = None, place: str = "auto") -> Outcome:
+        """Let the session's state wait for at most `seconds`; it is expected back in `returns_in`.
+
+        `place`: keep, ram, disk, discard, or auto. RequestError for a session that is not there or a place that is none.
+        """
+        session = self._find(name)
+        if place not in ("auto", *PLACES):
+            raise RequestError(f"place {place!r} must be auto, {', '.join(PLACES)}")
+        if not seconds > 0 or (returns_in is not None and not returns_in >= 0):
+            raise RequestError("a pause must last longer than 0 seconds")
+        needed = self.cache.needs(session.keys)
+        if not needed:
+            return Outcome("rejected", f"the session has less than a block of {self.cache.block_tokens} tokens")
+        if place == "auto":
+            place = self._cheapest(session, needed, seconds if returns_in is None else min(returns_in, seconds))
+        if place == "keep":
+            return self.leases.take(name, needed, seconds, self._clock())
+        if place == "ram":
+            return self._to_ram(name, needed, seconds)
+        if place == "disk":
+            return self._to_disk(name, session, needed, min(seconds, LONGEST_ON_DISK))
+        self.leases.drop(name)
+        return Outcome("accepted", "its blocks are ordinary cache now", 0, "discard")
+
+    def resume(self, name: str) -> Outcome:
+        """Bring the session's state back into the pool before its next request comes."""
+        session = self._find(name)
+        needed = self.cache.needs(session.keys)
+        missing = len([key for key in needed if self.cache.pool.lookup(key) is None])
+        keys = self.cache.prepare((*session.tokens, 0), session.root)
+        brought = missing - len([key for key in needed if self.cache.pool.lookup(key) is None])
+        if len(keys) == len(session.keys):
+            return Outcome("accepted", "", brought, "keep")
+        why = f"{len(keys)} of its {len(session.keys)} blocks of tokens are there; the rest will be computed again"
+        return Outcome("clipped" if keys else "rejected", why, brought, "keep")
+
+    def close(self, name: str) -> bool:
+        """The session is over: no lease, no saved copy. Whether there was one."""
+        self.leases.drop(name)
+        if self.tiers.disk is not None:
+            self.tiers.disk.forget_session(name)
+        return self._sessions.pop(name, None) is not None
+
+    def list(self) -> list[SessionInfo]:
+        """All sessions, the one that was longest unused first."""
+        return [self.info(name) for name in self._sessions]
+
+    def info(self, name: str) -> SessionInfo:
+        """RequestError for a session that is not there."""
+        session, now = self._find(name), self._clock()
+        needed = self.cache.needs(session.keys)
+        below = [key for key in needed if self.cache.pool.lookup(key) is None]
+        where = self.tiers.where(below)
+        saved = self.tiers.disk is not None and name in self.tiers.disk.sessions
+        return SessionInfo(name, len(session.tokens), len(needed), len(needed) - len(below), where["ram"], where["disk"],
+                           self.leases.remaining(name, now), saved)
+
+    def tick(self) -> None:
+        """End what has timed out; cheap enough for every step."""
+        self.leases.expire(self._clock())
+        now = self._wall()
+        if self.tiers.disk is not None and abs(now - self._looked) > 10:
+            self._looked = now
+            self.tiers.disk.expire(now)
+
+    def _to_ram(self, name: str, needed: Sequence[Key], seconds: float) -> Outcome:
+        ram = self.tiers.ram
+        if ram is None:
+            return Outcome("rejected", "there is no tier in memory", place="ram")
+        start = time.perf_counter()
+        pages = self._pages(needed)
+        if sum(map(size, pages.values())) > ram.capacity:
+            return Outcome("rejected", f"it is larger than the tier in memory, {ram.capacity:,} bytes", place="ram")
+        for key, each in pages.items():
+            ram.put(key, each)
+        self.tiers.costs.ram.add(sum(map(size, pages.values())), time.perf_counter() - start)
+        self.leases.drop(name)
+        whole = len(pages) == len(needed)
+        return Outcome("accepted" if whole else "clipped", "" if whole else "some of it was gone already", len(pages), "ram",
+                       seconds)
+
+    def _to_disk(self, name: str, session: _Session, needed: Sequence[Key], seconds: float) -> Outcome:
+        disk = self.tiers.disk
+        if disk is None:
+            return Outcome("rejected", "there is no disk tier", place="disk")
+        start, before = time.perf_counter(), disk.used
+        pages = self._pages([key for key in needed if key not in disk])
+        saved = [key for key in needed if key in pages or key in disk]
+        if not saved:
+            return Outcome("rejected", "none of it is there any more", place="disk")
+        try:
+            disk.save(pages, SavedSession(name, session.root, session.tokens, tuple(saved), self._wall() + seconds))
+        except RequestError as error:
+            return Outcome("rejected", str(error), place="disk")
+        self.tiers.costs.disk.add(disk.used - before, time.perf_counter() - start)
+        self.leases.drop(name)
+        whole = len(saved) == len(needed)
+        return Outcome("accepted" if whole else "clipped", "" if whole else "some of it was gone already", len(saved), "disk",
+                       seconds)
+
+    def _pages(self, needed: Sequence[Key]) -> dict[Key, Pages]:
+        """What there is of it in the pool and in the tiers."""
+        found = {}
+        for key in needed:
+            blocks = self.cache.pool.lookup(key)
+            pages = self.cache.pages(blocks) if blocks is not None else self.tiers.fetch(key)
+            if pages is not None:
+                found[key] = pages
+        return found
+
+    def _cheapest(self, session: _Session, needed: Sequence[Key], pause: float) -> str:
+        pool = self.cache.pool
+        places = ["keep", "discard"]
+        if self.tiers.ram is not None:
+            places.insert(1, "ram")
+        if self.tiers.disk is not None:
+            places.insert(-1, "disk")
+        blocks = sum(len(pool.lookup(key) or ()) for key in needed)
+        return self.tiers.costs.choose(tuple(places), tokens=len(session.tokens), bytes=blocks * self.tiers.page_bytes,
+                                 pause=pause, pressure=1 - pool.unused / pool.size)
+
+    def _chain(self, tokens: Sequence[int], root: bytes | None) -> tuple[bytes, ...]:
+        return tuple(self.cache.chain(tokens, root))
+
+    def _find(self, name: str) -> _Session:
+        if name not in self._sessions:
+            raise RequestError(f"there is no session {name!r}")
+        return self._sessions[name]
+
+
+def check_name(name: str) -> None:
+    """RequestError unless `name` is printable and short."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise RequestError(f"a session's name has 1 to {MAX_NAME} printable characters")
