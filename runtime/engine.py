@@ -17,8 +17,8 @@ from inferloom.runtime.device.base import Device, StepBatch
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.facts import Facts
 from inferloom.runtime.guide import Guide
-from inferloom.runtime.outputs import CompletionOutput, RequestOutput
 from inferloom.runtime.leases import Leases
+from inferloom.runtime.outputs import CompletionOutput, RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.prefix_cache import Below, PrefixCache
 from inferloom.runtime.request import Request, Sequence
@@ -150,7 +150,7 @@ class Engine:
                 self.device.copy_blocks(self.scheduler.copies)
             start = time.perf_counter()
             logits = self.device.step(self._batch(work, rows))
-            if len(work) != len(sampling):  # most of such a step are tokens of prompts
+            if not all(w.samples for w in work):  # most of such a step are tokens of prompts
                 self.tiers.costs.compute.add(sum(w.count for w in work), time.perf_counter() - start)
         except Exception as error:
             return self._fail(work, str(error) or repr(error))
