@@ -158,7 +158,7 @@ class AsyncLLM:
         try:
             tokens = self.llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
             self.llm.engine.add_request(name, tokens, params, prompt if isinstance(prompt, str) else None, priority,
-                                        session, hold)
+                                        session=session, hold=hold)
         except Exception as error:  # the request's own: the engine goes on
             box.put(error)
         else:

@@ -67,9 +67,10 @@ class ChainDevice:
         for i, (begin, end, length) in enumerate(zip(batch.seq_starts, batch.seq_starts[1:], batch.kv_lens)):
             new = batch.tokens[begin:end]
             for number, group in enumerate(tables):
-                last[i] = self._keys(batch.block_tables[number, i], batch.slots[number, begin:end], new, int(length), group.window)
-            for table in batch.pages:
-                last[i] = self._state(int(table[i, 0]), int(table[i, 1]), new, int(length))
+                table, slots = batch.block_tables[number, i], batch.slots[number, begin:end]
+                last[i] = self._keys(table, slots, new, int(length), group.window)
+            for read, write in batch.pages[:, i].tolist():
+                last[i] = self._state(read, write, new, int(length))
         seqs = np.searchsorted(batch.seq_starts, batch.logit_rows, side="right") - 1
         assert (batch.logit_rows == batch.seq_starts[seqs + 1] - 1).all()
         logits = np.zeros((len(seqs), VOCAB), np.float32)
