@@ -11,11 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from inferloom import __version__
 from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.server.api.chat import ChatBody, Chats
 from inferloom.runtime.server.api.completions import CompletionBody, Completions
+from inferloom.runtime.server.api.embeddings import EmbeddingBody, Embeddings
 from inferloom.runtime.server.api.listing import Listing
+from inferloom.runtime.server.api.messages import Asked, MessageBody, Messages
+from inferloom.runtime.server.api.responses import ResponseBody, Responses
 from inferloom.runtime.server.api.tokens import DetokenizeBody, TokenizeBody, Tokens
 from inferloom.runtime.server.endpoint import Endpoint
 from inferloom.runtime.server.engine import EngineProcess
@@ -24,6 +28,7 @@ from inferloom.runtime.server.guard import Guard
 from inferloom.runtime.server.health import Health
 from inferloom.runtime.server.metrics import Metrics
 from inferloom.runtime.server.model import Model, Models
+from inferloom.runtime.server.openapi import OpenApi
 from inferloom.runtime.server.parsers.choice import reasoning_parser, tool_parser
 from inferloom.runtime.server.settings import ModelSettings, Settings
 
@@ -48,16 +53,22 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
 
 def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
     """The app that answers for these models."""
-    health, listing, tokens = Health(models), Listing(models), Tokens(models)
+    health, listing, tokens, messages = Health(models), Listing(models), Tokens(models), Messages(models)
     posts: dict[str, Endpoint[Any]] = {
         "/v1/completions": Endpoint(CompletionBody, Completions(models, settings.max_logprobs), settings),
         "/v1/chat/completions": Endpoint(ChatBody, Chats(models, settings.max_logprobs), settings),
+        "/v1/responses": Endpoint(ResponseBody, Responses(models), settings),
+        "/v1/messages": Endpoint(MessageBody, messages, settings, anthropic=True),
+        "/v1/messages/count_tokens": Endpoint(Asked, messages.count, settings, anthropic=True),
+        "/v1/embeddings": Endpoint(EmbeddingBody, Embeddings(models), settings),
         "/tokenize": Endpoint(TokenizeBody, tokens.tokenize, settings),
         "/detokenize": Endpoint(DetokenizeBody, tokens.detokenize, settings),
     }
     gets = {"/health": health.ready, "/health/ready": health.ready, "/health/live": health.live, "/ping": health.live,
             "/metrics": metrics.answer, "/version": _version, "/v1/models": listing.all,
             "/v1/models/{name:path}": listing.one}
+    described = OpenApi({path: e.body for path, e in posts.items()}, list(gets), __version__)
+    gets["/openapi.json"] = described.answer
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
     routes += [Route(path, function, methods=["GET"]) for path, function in gets.items()]
     return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing, HttpError: _refused},
@@ -65,8 +76,6 @@ def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
 
 
 async def _version(request: Request) -> Response:
-    from inferloom import __version__
-
     return JSONResponse({"version": __version__})
 
 

@@ -69,7 +69,7 @@ class ChatBody(Sampled):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = Sampled.refused | {
         "functions": ([],), "function_call": ("none",), "audio": (), "modalities": (["text"],),
         "web_search_options": (), "add_generation_prompt": (True,), "continue_final_message": (False,),
-        "documents": ([],), "mm_processor_kwargs": ({},), "echo": (False,), "best_of": (1,)}
+        "documents": ([],), "mm_processor_kwargs": ({},), "echo": (False,), "best_of": (1,), "prompt_logprobs": ()}
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None

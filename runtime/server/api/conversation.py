@@ -32,6 +32,11 @@ class Tools:
     def forced(self) -> bool:
         return self.named or self.choice == "required"
 
+    @property
+    def shown(self) -> list[dict[str, Any]] | None:
+        """The tools as chat templates take them."""
+        return [{"type": "function", "function": f} for f in self.functions] if self.choice != "none" else None
+
     def check(self) -> None:
         """HttpError 400 when the choice makes no sense."""
         if self.forced and not self.functions:
@@ -64,8 +69,7 @@ class Conversation:
         if self.tools.choice == "required":
             return ForcedList()
         name = self.model.tool_parser
-        uses = bool(self.tools.functions) and self.tools.choice != "none" and name is not None
-        answer: Parser = TOOL_PARSERS[str(name)]() if uses else Plain()
+        answer: Parser = Plain() if name is None or not self.tools.shown else TOOL_PARSERS[name]()
         return answer if self.guided or self.model.reasoning_parser is None else Reasoning(answer, self.thinking)
 
 
@@ -73,15 +77,13 @@ async def begin(model: Model, messages: Sequence[dict[str, Any]], tools: Tools, 
                 call: Call, grammar: Grammar | None, logprobs: int | None, options: dict[str, Any]) -> Conversation:
     """Write the prompt and hand it to the engine. HttpError when it cannot be served."""
     tools.check()
-    offered = tools.functions if tools.choice != "none" else ()
-    shown = [{"type": "function", "function": f} for f in offered]
-    text, prompt = await model.chat(messages, shown or None, **options)
+    text, prompt = await model.chat(messages, tools.shown, **options)
     if tools.forced:
         if grammar is not None:
             raise bad_request("a forced tool call and response_format exclude each other", "tool_choice")
         grammar = tools.grammar()
     changes: dict[str, Any] = {}
-    if offered and not tools.forced and model.tool_parser in SPECIAL_MARKS:
+    if tools.shown and not tools.forced and model.tool_parser in SPECIAL_MARKS:
         changes["skip_special_tokens"] = False
     params = body.sampling(room(model, prompt, max_tokens), logprobs, **changes)
     model.engine.admit(params.n)

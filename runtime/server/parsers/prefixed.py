@@ -32,7 +32,7 @@ class Prefixed:
         if at >= 0:
             before, self._buffer = self._buffer[:at], self._buffer[at + len(mark):]
             self._state, self._mark = "calls", mark
-            return [Text(before)] if before.strip() else []
+            return [Text(before)] if before else []
         keep = len(self._buffer) - max((held_back(self._buffer, m) for m in self._marks), default=0)
         out, self._buffer = self._buffer[:keep], self._buffer[keep:]
         return [Text(out)] if out else []

@@ -14,7 +14,10 @@ class Reasoning:
         self._answer, self._state, self._buffer = answer, "thinking" if thinking else "before", ""
 
     def feed(self, text: str) -> list[Piece]:
-        if self._state == "answer":
+        if self._state == "closed":  # the blank lines behind thoughts are not the answer's
+            text = text.lstrip("\n")
+            self._state = "answer" if text else "closed"
+        if self._state in ("closed", "answer"):
             return self._answer.feed(text)
         self._buffer += text
         if self._state == "before":
@@ -27,8 +30,8 @@ class Reasoning:
             self._state, self._buffer = "thinking", start[len(OPEN):]
         thought, closed, rest = self._buffer.partition(CLOSE)
         if closed:
-            self._state, self._buffer = "answer", ""
-            return [*([Thought(thought)] if thought else []), *self._answer.feed(rest.lstrip("\n"))]
+            self._state, self._buffer = "closed", ""
+            return [*([Thought(thought)] if thought else []), *self.feed(rest)]
         keep = len(thought) - held_back(thought, CLOSE)
         self._buffer = thought[keep:]
         return [Thought(thought[:keep])] if keep else []

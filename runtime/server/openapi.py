@@ -1,0 +1,42 @@
+"""`/openapi.json`: what may be asked, made from the bodies themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+_ERROR = {"description": "Refused; the body says why.", "content": {"application/json": {"schema": {
+    "type": "object", "required": ["error"], "properties": {"error": {"type": "object"}}}}}}
+
+
+class OpenApi:
+    """Describes the endpoints: `posts` maps paths to the models of their bodies, `gets` are read."""
+
+    def __init__(self, posts: Mapping[str, type[BaseModel]], gets: Sequence[str], version: str) -> None:
+        refs, definitions = models_json_schema([(body, "validation") for body in set(posts.values())],
+                                               ref_template="#/components/schemas/{model}")
+        paths: dict[str, Any] = {}
+        for path, body in posts.items():
+            schema = refs[(body, "validation")]
+            paths[path] = {"post": {
+                "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+                "responses": {"200": {"description": "The answer, as JSON or as server-sent events.", "content": {
+                    "application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}},
+                    **{status: _ERROR for status in ("400", "401", "403", "404", "413", "429", "500", "503")}}}}
+        for path in gets:
+            name = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+            paths[path.replace(":path}", "}")] = {"get": (name if "{" in path else {}) | {"responses": {
+                "200": {"description": "The answer."}, **{status: {"description": "Refused."} for status in (
+                    "401", "403", "404", "503")}}}}
+        self.document = {
+            "openapi": "3.1.0", "info": {"title": "inferloom", "version": version}, "paths": paths,
+            "components": {"schemas": definitions.get("$defs", {}),
+                           "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}}
+
+    async def answer(self, request: Request) -> Response:
+        return JSONResponse(self.document)
