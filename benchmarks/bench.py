@@ -8,7 +8,6 @@ after each metric, since other users of a machine change what it can give.
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from inferloom.benchmarks.cost import step_cost
-from inferloom.benchmarks.machine import Timed, ceilings, describe
+from inferloom.benchmarks.machine import ceilings, describe
+from inferloom.benchmarks.work import NEW, PREFILL, PROMPT, Work
 from inferloom.errors import InferloomError
 
-PROMPT, NEW, PREFILL = 128, 128, 512
 _FRESH = """
 import json, resource, sys, time
 start = time.perf_counter()
@@ -64,7 +63,6 @@ class _Bench:
         self.with_ceilings = with_ceilings
         self.manifest = json.loads((artifact / "manifest.json").read_text())
         self.cost = step_cost(artifact)
-        self.random = random.Random(0)
         self.metrics: list[Metric] = []
 
     def report(self, batches: tuple[int, ...]) -> dict[str, Any]:
@@ -81,30 +79,16 @@ class _Bench:
         self._fresh_process()
         llm = LLM(self.artifact, threads=self.threads)
 
-        def generate(count: int, prompt: int, new: int) -> tuple[float, float]:
-            """Seconds, and the share of the machine that others used."""
-            prompts = [self._prompt(prompt) for _ in range(count)]
-            with Timed() as timed:
-                made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
-            if any(len(m.outputs[0].token_ids) != new for m in made):
-                raise InferloomError("a request ended early")
-            return timed.seconds, timed.others
+        def generate(prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
+            made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+            return [m.outputs[0].token_ids for m in made]
 
-        generate(1, PROMPT, 4)
+        work = Work(generate, 3, self.manifest["model"]["vocab_size"])
+        work.generate(1, PROMPT, 4)
         for batch in batches:
-            def decode(batch: int = batch) -> tuple[float, float]:
-                one, _ = generate(batch, PROMPT, 1)
-                many, others = generate(batch, PROMPT, NEW)
-                return batch * (NEW - 1) / (many - one), others
-
-            self._measure(f"decode_{batch}", "tok/s", decode, partial(self._decode_ratio, batch))
+            self._measure(f"decode_{batch}", "tok/s", partial(work.decode, batch), partial(self._decode_ratio, batch))
         length = min(PREFILL, limit - 1)
-
-        def prefill() -> tuple[float, float]:
-            seconds, others = generate(1, length, 1)
-            return length / seconds, others
-
-        self._measure(f"prefill_{length}", "tok/s", prefill, self._prefill_ratio)
+        self._measure(f"prefill_{length}", "tok/s", partial(work.prefill, length), self._prefill_ratio)
         llm.close()
         return {"artifact": self.artifact.name, "model": self.manifest["model"], "chip": self.manifest["chip"],
                 "versions": self.manifest["versions"], "machine": describe(), "threads": self.threads,
@@ -112,15 +96,12 @@ class _Bench:
                 "flops_per_token": self.cost.flops_per_token,
                 "metrics": [{name: getattr(m, name) for name in Metric.__slots__} for m in self.metrics]}
 
-    def _prompt(self, length: int) -> list[int]:
-        return [self.random.randrange(3, self.manifest["model"]["vocab_size"]) for _ in range(length)]
-
     def _fresh_process(self) -> None:
         """Load to first token, and peak memory, of a process that does nothing else."""
         loads, sizes = [], []
         for _ in range(self.runs):
             options = json.dumps({"threads": self.threads})
-            command = [sys.executable, "-c", _FRESH, str(self.artifact), json.dumps(self._prompt(16)), options]
+            command = [sys.executable, "-c", _FRESH, str(self.artifact), json.dumps(list(range(3, 19))), options]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise InferloomError(f"a fresh process could not run the artifact:\n{done.stderr.strip()}")

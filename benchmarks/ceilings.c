@@ -3,7 +3,8 @@
 //   ceilings quick THREADS     one JSON object, about a second; the best of a few rounds
 //
 // bw_4k, bw_huge: GB/s of reading from 4 KiB and 2 MiB pages. fp32: GFLOP/s of fused multiply-adds.
-// bf16: GFLOP/s of dot products of bf16 pairs, where the processor has them. A multiply-add is two operations.
+// bf16: the same of dot products of bf16 pairs, where the processor has them. int8: of dot products of int8 quadruples,
+// with AVX2 in the three instructions that they take there. A multiply-add is two operations.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
@@ -109,6 +110,36 @@ static double dot_pairs(const char *unused, size_t none) {
 }
 #endif
 
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+typedef __m512i bytes;
+#define DOT(sum, x, y) _mm512_dpbusd_epi32(sum, x, y)
+#else
+typedef __m256i bytes;
+#define DOT(sum, x, y) _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1)))
+#endif
+static double dot_quadruples(const char *unused, size_t none) {
+  (void)unused, (void)none;
+  bytes sum[CHAINS], x, y;
+  memset(sum, 0, sizeof sum);
+  memset(&x, 1, sizeof x);
+  memset(&y, 1, sizeof y);
+  for (long step = 0; step < STEPS; step++) {
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; i++) {
+      KEEP(x);  // a product of its own for each sum
+      sum[i] = DOT(sum[i], x, y);
+      KEEP(sum[i]);
+    }
+  }
+  int total = 0, first;
+  for (int i = 0; i < CHAINS; i++) memcpy(&first, &sum[i], sizeof first), total += first;
+  sink = (double)total;
+  return (double)STEPS * CHAINS * sizeof(bytes) * 2;
+}
+#define INT8
+#endif
+
 static void *work(void *of) {
   share *s = of;
   pthread_barrier_wait(s->start);
@@ -171,6 +202,9 @@ int main(int argc, char **argv) {
     {"fp32", multiply_add, small, 0},
 #if defined(__AVX512BF16__)
     {"bf16", dot_pairs, small, 0},
+#endif
+#if defined(INT8)
+    {"int8", dot_quadruples, small, 0},
 #endif
   };
   int count = (int)(sizeof probes / sizeof *probes);

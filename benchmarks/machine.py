@@ -1,4 +1,4 @@
-"""What this machine is, what it can do at most right now, and who else is using it."""
+"""What this machine is, and what it can do at most right now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,26 +62,3 @@ def describe() -> dict[str, Any]:
                  if line.startswith("MemTotal"))
     return {"cpu": model, "cores": os.cpu_count(), "memory": total, "system": platform.platform(),
             "python": platform.python_version()}
-
-
-class Timed:
-    """Times a block, and says which share of the machine other processes used meanwhile."""
-
-    def __enter__(self) -> Timed:
-        self._busy, self._own, self._start = _machine_seconds(), _own_seconds(), time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._start
-        others = (_machine_seconds() - self._busy) - (_own_seconds() - self._own)
-        self.others = max(0.0, others) / (self.seconds * (os.cpu_count() or 1))
-
-
-def _machine_seconds() -> float:
-    """Seconds, over all cores, that were not idle since boot (stolen ones too)."""
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _own_seconds() -> float:
-    return sum(os.times()[:4])

@@ -1,1 +1,1 @@
-"""Benchmarks of CPUs: kernels against ceilings, and the engine against its peers."""
+"""CPUs: kernels against ceilings; the ceilings, this engine and its peers side by side in one run (docs/cpu-benchmarks.md)."""

@@ -24,7 +24,7 @@ def weights_file(size: int) -> str:
 
 
 def main(folder: Path) -> dict[str, float]:
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from checkout import bootstrap
 
     bootstrap()

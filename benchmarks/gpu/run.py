@@ -20,7 +20,7 @@ from typing import Any
 
 if __name__ == "__main__":  # as a script; its own folder must not shadow other modules
     sys.path.pop(0)
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from checkout import bootstrap
     sys.path.pop(0)
     bootstrap()

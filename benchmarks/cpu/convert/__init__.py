@@ -1,0 +1,1 @@
+"""Converters that a peer does not bring itself; scripts, run in the peer's environment."""

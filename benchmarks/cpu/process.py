@@ -1,0 +1,96 @@
+"""The measured process: loads one engine, times each metric, prints a JSON line for each.
+
+    python benchmarks/cpu/process.py --engine NAME --model PATH --metrics load,decode_1,prefill_512 --threads 2
+
+It runs in the engine's own environment, where this project need not be installed, and imports only the standard
+library besides the engine. Time begins when the process does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # as a script; its own folder must not shadow other modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from checkout import bootstrap
+    sys.path.pop(0)
+    bootstrap()
+
+from inferloom.benchmarks.work import Timed, Work
+
+MARK = "JSON "
+#: Ids of prompts: in every vocabulary, and none of them special.
+FIRST, LAST = 300, 29000
+#: Requests and tokens of each that are kept, to be scored against the reference.
+KEPT_REQUESTS, KEPT_TOKENS = 4, 8
+LONG_CONTEXT, LONG_BATCH, LONG_NEW = 8192, 4, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--metrics", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--options", type=json.loads, default={})
+    asked = parser.parse_args()
+    engine = import_module(f"inferloom.benchmarks.cpu.engines.{asked.engine}").Engine(asked.model, asked.threads, asked.options)
+    for line in measure(engine, asked.metrics.split(",")):
+        print(MARK + json.dumps(line), flush=True)
+    sys.stdout.flush()
+    os._exit(0)  # some engines hang in their destructors
+
+
+def measure(engine: Any, metrics: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields a line for each metric, each with its value, unit and the share of the machine that others used."""
+    load = Work(engine.generate, FIRST, LAST, seed=1)
+    with Timed() as first:
+        load.generate(1, 16, 1)
+    if "load" in metrics:
+        yield {"metric": "load", "value": since_start(), "unit": "s", "others": first.others, "version": engine.version}
+    load.generate(1, 128, 32)
+    if "load" in metrics:
+        yield {"metric": "rss", "value": peak_rss(), "unit": "bytes", "contract": getattr(engine, "contract", None)}
+    for metric in metrics:
+        if metric == "load":
+            continue
+        kind, _, size = metric.partition("_")
+        work = Work(engine.generate, FIRST, LAST, seed=2)
+        if kind == "context":
+            with Timed() as timed:
+                value = engine.decode_at(int(size), LONG_BATCH, LONG_NEW)
+            yield {"metric": metric, "value": value, "unit": "tok/s", "others": timed.others}
+            continue
+        ways: dict[str, Callable[[int], tuple[float, float]]] = {"decode": work.decode, "prefill": work.prefill,
+                                                                 "requests": work.requests}
+        repeats = 3 if kind == "prefill" else 1
+        if kind != "decode":
+            work.generate(min(int(size), 16) if kind == "requests" else 1, 16, 2)  # shapes that were not seen yet
+        got = [ways[kind](int(size)) for _ in range(repeats)]
+        yield {"metric": metric, "value": sorted(v for v, _ in got)[len(got) // 2], "unit": "tok/s",
+               "others": max(o for _, o in got),
+               "made": [[p, ids[:KEPT_TOKENS]] for p, ids in work.made[:KEPT_REQUESTS]]}
+
+
+def since_start() -> float:
+    """Seconds since this process began, its interpreter included."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_rss() -> int:
+    """Bytes that were resident at most, mapped files included."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
