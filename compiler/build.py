@@ -17,7 +17,7 @@ from inferloom.compiler import plugins
 from inferloom.compiler.attention import FACTS
 from inferloom.compiler.frontends import huggingface
 from inferloom.compiler.frontends.huggingface import TracedModel
-from inferloom.compiler.frontends.paths import is_onnx
+from inferloom.compiler.frontends.paths import is_gguf, is_onnx
 from inferloom.compiler.kernels import Selection, select_kernels
 from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
@@ -102,6 +102,8 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
     options.check(target)
     say("tracing the model")
     model = model_or_path if isinstance(model_or_path, TracedModel) else load(model_or_path, max_model_len)
+    for note in model.notes:
+        say(f"note: {note}")
     compiled = compile_graph(model, target, options, say)
     say(f"packing {compiled.plan.weight_bytes / 1e6:.0f} MB of weights")
     final = Path(out)
@@ -115,6 +117,10 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
 
 def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
     """The model at a path, by the front end that reads it."""
+    if is_gguf(Path(path)):
+        from inferloom.compiler.frontends.gguf import loader as gguf
+
+        return gguf.load(path, max_model_len)
     if not is_onnx(Path(path)):
         return huggingface.load(path, max_model_len)
     from inferloom.compiler.frontends.onnx import loader  # the onnx package is an extra of its own
@@ -124,7 +130,9 @@ def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
 
 def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say: Progress) -> Compiled:
     """Run the passes, plan memory and generate the kernels: all that does not touch weights."""
-    report, dump = Report(), Dump()
+    report, dump = Report("front-end"), Dump()
+    for note in model.notes:
+        report.fused(note)
     blocks = -(-model.max_model_len // options.block_tokens)
     say("running passes")
     wanted = target.lowering
@@ -145,8 +153,12 @@ def _write(folder: Path, model: TracedModel, target: Target, options: BuildOptio
         (folder / name).mkdir()
     for name, data in sorted(compiled.module.files.items()):
         (folder / name).write_bytes(data)
-    for name, path in sorted(model.tokenizer_files.items()):
-        shutil.copyfile(path, folder / "tokenizer" / name)
+    for name, content in sorted(model.tokenizer_files.items()):
+        made = folder / "tokenizer" / name
+        if isinstance(content, bytes):
+            made.write_bytes(content)
+        else:
+            shutil.copyfile(content, made)
     for number, (name, graph) in enumerate(compiled.dump.graphs):
         (folder / "ir" / f"{number:02d}-{name}.txt").write_text(print_graph(graph))
     (folder / "ir" / "report.json").write_text(json.dumps(compiled.report.to_json(), indent=1) + "\n")

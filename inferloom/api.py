@@ -24,9 +24,9 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
             max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
             max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
             force: bool = False, progress: Progress | None = None) -> Path:
-    """Compile a checkpoint folder, an ONNX file or a module into an artifact; returns the artifact's folder.
+    """Compile a checkpoint folder, a GGUF or ONNX file or a module into an artifact; returns the artifact's folder.
 
-    `model_or_path` is a checkpoint, an ONNX file (or its folder), a `TracedModel` of one of the front ends, or
+    `model_or_path` is a checkpoint, a GGUF or ONNX file (or its folder), a `TracedModel` of one of the front ends, or
     an `nn.Module` that maps (tokens, positions), both i64[tokens], to logits [tokens, vocab_size]; a module needs
     `vocab_size`, `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32`,
     `bf16` or, for a GPU, `fp16`. With `batch_invariant` a GPU gives a sequence the same bits in any batch, as CPUs
@@ -42,8 +42,8 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
     if from_path:
         model_or_path = Path(model_or_path).expanduser()
         if not is_checkpoint(model_or_path):
-            raise UsageError(f"{model_or_path} is not a checkpoint: it needs config.json and *.safetensors, or an "
-                             "ONNX file"
+            raise UsageError(f"{model_or_path} is not a checkpoint: it needs config.json and *.safetensors, or a "
+                             "GGUF or ONNX file"
                              + (" (it is an artifact, already compiled)" if is_artifact(model_or_path) else ""))
         if out is None:
             return compile_cached(model_or_path, options, progress)

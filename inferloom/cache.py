@@ -49,8 +49,14 @@ def is_artifact(path: Path) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` looks like a Hugging Face checkpoint with safetensors weights, or is an ONNX model."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors")) or _is_onnx(path)
+    """Whether `path` looks like a Hugging Face checkpoint with safetensors weights, or is a GGUF file or an ONNX model."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors")) or _is_gguf(path) or _is_onnx(path)
+
+
+def _is_gguf(path: Path) -> bool:
+    from inferloom.compiler.frontends.paths import is_gguf
+
+    return is_gguf(path)
 
 
 def _is_onnx(path: Path) -> bool:
@@ -95,10 +101,10 @@ def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None
         return path
     if not path.exists():
         raise UsageError(f"{path} does not exist; give an artifact (a folder with manifest.json), a checkpoint "
-                         "(a folder with config.json and *.safetensors) or an ONNX file")
+                         "(a folder with config.json and *.safetensors), a GGUF file or an ONNX file")
     if not is_checkpoint(path):
         raise UsageError(f"{path} is neither an artifact (no manifest.json) nor a checkpoint "
-                         "(no config.json with *.safetensors) nor an ONNX model (no *.onnx)")
+                         "(no config.json with *.safetensors) nor a GGUF file nor an ONNX model (no *.onnx)")
     return compile_cached(path, options or CompileOptions(), progress)
 
 
@@ -161,6 +167,11 @@ def _files(checkpoint: Path) -> Mapping[str, str]:
 
 def _inputs(checkpoint: Path) -> list[Path]:
     """The files that compiling may read."""
+    if _is_gguf(checkpoint):
+        from inferloom.compiler.frontends.paths import TOKENIZER_FILES, gguf_file
+
+        file = gguf_file(checkpoint)
+        return [file, *(p for name in TOKENIZER_FILES if (p := file.parent / name).is_file())]
     if not _is_onnx(checkpoint):
         return [p for p in sorted(checkpoint.iterdir()) if p.is_file() and p.suffix not in _SKIPPED]
     from inferloom.compiler.frontends.onnx.file import files_of

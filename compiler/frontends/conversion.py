@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from inferloom.compiler.frontends.weights import StoredTensor, legacy_name
+from inferloom.compiler.frontends.weights import Tensor, legacy_name
 from inferloom.ir.errors import UnsupportedError
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -25,7 +25,7 @@ class Converted:
     """A parameter made of pieces of a checkpoint, by the converter's source pattern."""
 
     name: str
-    pieces: Mapping[str, tuple[StoredTensor, ...]]
+    pieces: Mapping[str, tuple[Tensor, ...]]
     converter: Any
     model: Any
 
@@ -43,7 +43,7 @@ class Converted:
         made = self._convert(lambda t: _tensor(t.read())).contiguous()
         return made.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if made.dtype is torch.bfloat16 else made.numpy()
 
-    def _convert(self, load: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
+    def _convert(self, load: Callable[[Tensor], torch.Tensor]) -> torch.Tensor:
         made: dict[str, Any] = {pattern: [load(t) for t in tensors] for pattern, tensors in self.pieces.items()}
         for operation in self.converter.operations:
             made = operation.convert(made, source_patterns=self.converter.source_patterns,
@@ -61,7 +61,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
         torch.from_numpy(array)
 
 
-def named(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor | Converted]:
+def named(model: Any, stored: Mapping[str, Tensor]) -> dict[str, Tensor | Converted]:
     """What a checkpoint holds by the names of parameters, as transformers' own loader maps and converts them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -70,8 +70,8 @@ def named(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTen
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     expected = model.state_dict(keep_vars=True)
-    made: dict[str, StoredTensor | Converted] = {}
-    pieces: dict[str, dict[str, list[StoredTensor]]] = {}
+    made: dict[str, Tensor | Converted] = {}
+    pieces: dict[str, dict[str, list[Tensor]]] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(legacy_name(key), renamings, converters, model.base_model_prefix, expected)
         if name not in expected and key in expected:

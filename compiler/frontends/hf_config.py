@@ -9,25 +9,37 @@ from typing import Any
 from inferloom.ir.errors import UnsupportedError
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers config of a folder, from `config.json` alone; UnsupportedError when it is not known."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The transformers config of a folder, from `config.json` alone, and its `quantization_config` ({} if it has none).
 
+    UnsupportedError when the config is not known.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UnsupportedError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_hook=_floats)
-        model_type = raw["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        raw.pop("auto_map", None)
+        # transformers must not see it: it would look for the library that quantised the weights
+        quantization = raw.pop("quantization_config", None) or raw.pop("compression_config", None) or {}
+        if not isinstance(quantization, dict):
+            raise TypeError("quantization_config is not an object")
+    except (ValueError, TypeError, AttributeError) as error:
         raise UnsupportedError(f"{path} is not a config of transformers: {error!r}") from None
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedError(f"{path}: transformers does not know model_type {model_type!r} (code in the checkpoint "
-                               "is never run)")
-    if raw.get("quantization_config"):
-        raise UnsupportedError(f"{path}: quantised checkpoints are not supported; use the original weights")
-    raw.pop("auto_map", None)
-    return CONFIG_MAPPING[model_type].from_dict(raw)
+    return make_config(raw, str(path)), quantization
+
+
+def make_config(raw: dict[str, Any], where: str) -> Any:
+    """The transformers config that `raw` describes; UnsupportedError when its model type is not known."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        raise UnsupportedError(f"{where}: transformers does not know model_type {raw.get('model_type')!r} (code in the "
+                               "checkpoint is never run)")
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except Exception as error:  # each config checks itself in ways of its own
+        raise UnsupportedError(f"{where}: transformers refuses the config: {error}") from None
 
 
 def _floats(value: dict[str, Any]) -> Any:

@@ -21,10 +21,11 @@ from inferloom.compiler.frontends.aten import Imported, import_program
 from inferloom.compiler.frontends.conversion import named
 from inferloom.compiler.frontends.hf_config import fix_rope, model_length, position_limit, read_config, special_ids
 from inferloom.compiler.frontends.paths import TOKENIZER_FILES
+from inferloom.compiler.frontends.quantized.formats import config_beside, decode
 from inferloom.compiler.frontends.skeleton import Stored, build_skeleton
 from inferloom.compiler.frontends.weights import (
     CheckpointSource,
-    StoredTensor,
+    Tensor,
     WeightSource,
     read_checkpoint,
     resolve,
@@ -54,7 +55,7 @@ class TracedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-    tokenizer_files: dict[str, Path]
+    tokenizer_files: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
 
 
@@ -65,19 +66,45 @@ def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> Traced
     missing or misshapen tensors, a `max_model_len` past what the model was made for.
     """
     folder = Path(checkpoint_dir)
-    config = read_config(folder)
-    length = model_length(config, max_model_len)
-    notes = fix_rope(config, length)
-    stored = read_checkpoint(folder)
-    traced, model = trace_config(config, stored=lambda model: stored_buffers(model, stored))
-    aliases = tied_names(model)
-    wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
-              for p in traced.imported.graph.params if not p.source.startswith("buffer:")}
-    where = resolve(named(model, stored), wanted, aliases, folder)
+    config, quantization = read_config(folder)
+    held = dict[str, Tensor](read_checkpoint(folder))
+    notes: tuple[str, ...] = ()
+    if quantization := quantization or config_beside(folder) or {}:
+        held, notes = decode(quantization, held, folder)
     eos, bos = special_ids(config, folder)
     files = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
-    return TracedModel(traced.imported.graph, CheckpointSource(where, traced.imported.buffers), folder.resolve().name,
-                       type(model).__name__, int(config.vocab_size), length, eos, bos, files, (*notes, *traced.notes))
+    return trace_checkpoint(Checkpoint(config, held, folder.resolve().name, str(folder), eos, bos, files, notes), max_model_len)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """What a checkpoint holds, read but for the tensors: a transformers config, tensors by transformers' names, tokenizer.
+
+    `where` is for messages.
+    """
+
+    config: Any
+    tensors: Mapping[str, Tensor]
+    name: str
+    where: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    tokenizer_files: Mapping[str, Path | bytes]
+    notes: tuple[str, ...] = ()
+
+
+def trace_checkpoint(checkpoint: Checkpoint, max_model_len: int | None = None) -> TracedModel:
+    """Trace the model of a checkpoint, and find each of its parameters."""
+    c, config = checkpoint, checkpoint.config
+    length = model_length(config, max_model_len)
+    notes = fix_rope(config, length)
+    traced, model = trace_config(config, stored=lambda model: stored_buffers(model, c.tensors))
+    wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
+              for p in traced.imported.graph.params if not p.source.startswith("buffer:")}
+    where = resolve(named(model, c.tensors), wanted, tied_names(model), c.where)
+    return TracedModel(traced.imported.graph, CheckpointSource(where, traced.imported.buffers), c.name, type(model).__name__,
+                       int(config.vocab_size), length, c.eos_token_ids, c.bos_token_id, dict(c.tokenizer_files),
+                       (*c.notes, *notes, *traced.notes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +204,7 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def stored_buffers(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
+def stored_buffers(model: Any, stored: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Persistent buffers that a checkpoint holds, by the name that they have in the model."""
     wanted = set(model.state_dict()) & {name for name, _ in model.named_buffers()}
     if not wanted:

@@ -19,6 +19,22 @@ def is_onnx(path: Path) -> bool:
     return any(path.glob("*.onnx")) and not any(path.glob("*.safetensors"))
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder that holds one and no safetensors."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+
+
+def gguf_file(path: Path) -> Path:
+    """The GGUF file that a path means: itself, or the only one of a folder."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise UnsupportedError(f"{path} holds {len(found)} GGUF files: name one"
+                               + (f" ({', '.join(p.name for p in found[:5])})" if found else ""))
+    return found[0]
+
+
 def onnx_file(path: Path) -> Path:
     """The ONNX file that a path means: itself, or the `model.onnx` or only `*.onnx` of a folder."""
     if path.is_file():

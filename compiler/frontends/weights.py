@@ -17,7 +17,8 @@ from inferloom.ir.errors import UnsupportedError
 #: safetensors' names of element types (https://github.com/huggingface/safetensors, "Format").
 STORED = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
           "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"),
-          "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("bool")}
+          "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("bool"),
+          "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 MAX_HEADER = 100 << 20
 
@@ -149,7 +150,7 @@ class CheckpointSource:
 
 
 def resolve(held: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], aliases: Mapping[str, tuple[str, ...]],
-            folder: Path) -> dict[str, Tensor]:
+            folder: Path | str) -> dict[str, Tensor]:
     """Find every wanted parameter (name -> shape) among those that a checkpoint holds, by name.
 
     `aliases` lists the other names of tied parameters. UnsupportedError names all that is missing or misshapen.
@@ -165,7 +166,7 @@ def resolve(held: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], a
         if tensor.shape != shape:
             problems.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
         elif tensor.dtype not in ("F32", "F16", "BF16", "F64"):
-            problems.append(f"{name} is stored as {tensor.dtype}; quantised checkpoints are not supported")
+            problems.append(f"{name} is stored as {tensor.dtype}, which no quantization_config explains")
         else:
             found[name] = tensor
     if problems:

@@ -26,10 +26,10 @@ def complete_dtype(incomplete: str) -> list[str]:
     return [name for name in DTYPES if name.startswith(incomplete)]
 
 
-Model = Annotated[Path, typer.Argument(help="An artifact, or a checkpoint or ONNX file (compiled into the cache on first use).",
-                                       show_default=False)]
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint (config.json and *.safetensors), or an ONNX file or its "
-                                                 "folder.", show_default=False)]
+Model = Annotated[Path, typer.Argument(help="An artifact, or a checkpoint, GGUF file or ONNX file (compiled into the cache on "
+                                            "first use).", show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint (config.json and *.safetensors), or a GGUF or ONNX file or "
+                                                 "its folder.", show_default=False)]
 Chip = Annotated[str, typer.Option("--chip", help="Chip to compile for: see `inferloom chips`.",
                                    autocompletion=complete_chip)]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or (GPUs only) fp16.", autocompletion=complete_dtype)]

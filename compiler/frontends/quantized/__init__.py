@@ -1,0 +1,1 @@
+"""Checkpoints that are already quantised: what `quantization_config` says, and one decoder a format."""
