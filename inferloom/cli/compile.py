@@ -1,17 +1,21 @@
-"""`inferloom compile`: a checkpoint or an ONNX file becomes an artifact."""
+"""`inferloom compile`: a checkpoint, a GGUF or an ONNX file becomes an artifact."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferloom.cache import size_on_disk
+from inferloom.cache import CompileOptions, compile_cached, size_on_disk
 from inferloom.cli import options
 from inferloom.cli.console import emit, human_bytes, out, progress, set_json
+
+if TYPE_CHECKING:
+    from inferloom.loss import Loss
 
 
 def compile_(
@@ -28,6 +32,10 @@ def compile_(
         "--batch-invariant", help="On a GPU: the same bits whatever else is in the batch. CPUs always do.")] = False,
     passes: options.Passes = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
+    report_loss: Annotated[bool, typer.Option(
+        "--report-loss", help="Compile the checkpoint in fp32 too, let both predict a text, and say what is lost.")] = False,
+    loss_text: Annotated[Path | None, typer.Option("--loss-text", show_default=False, metavar="FILE",
+                                                   help="The text for --report-loss; Python source if not given.")] = None,
     json_: options.Json = False,
 ) -> None:
     """Compile CHECKPOINT for a chip. No device is needed; the same inputs give the same bytes."""
@@ -41,12 +49,29 @@ def compile_(
                                      max_tokens=max_tokens, max_seqs=max_seqs, block_tokens=block_tokens,
                                      batch_invariant=batch_invariant, passes=passes or (), force=force, progress=report)
     seconds = time.perf_counter() - start
+    loss = _loss(path, checkpoint, max_model_len, passes, loss_text) if report_loss or loss_text else None
     manifest = json.loads((path / "manifest.json").read_text())
     size = size_on_disk(path)
     if json_:
         emit({"path": str(path), "seconds": round(seconds, 3), "bytes": size, "kernels": len(manifest["kernels"]),
-              "chip": manifest["chip"], "model": manifest["model"], "memory": manifest["memory"]})
+              "chip": manifest["chip"], "model": manifest["model"], "memory": manifest["memory"],
+              **({"loss": loss.to_json()} if loss is not None else {})})
     else:
         out.print(f"{path}: {manifest['model']['architecture']} for {manifest['chip']['name']}, "
                   f"{manifest['model']['dtype']}, {len(manifest['kernels'])} kernels, {human_bytes(size)}, "
                   f"{seconds:.1f} s")
+        if loss is not None:
+            out.print(f"loss: {loss}")
+
+
+def _loss(artifact: Path, checkpoint: Path, max_model_len: int | None, passes: Sequence[str] | None,
+          text: Path | None) -> Loss:
+    """What the artifact loses against the same weights in fp32, compiled into the cache."""
+    from inferloom.loss import report_loss
+
+    with progress("measuring the loss") as report:
+        report("compiling the reference in fp32")
+        wanted = CompileOptions(dtype="fp32", max_model_len=max_model_len, passes=tuple(passes or ()))
+        reference = compile_cached(checkpoint, wanted, report)
+        report("reading the text with both")
+        return report_loss(artifact, reference, text)
