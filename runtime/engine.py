@@ -5,29 +5,31 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 
+from inferloom.runtime.batch import Batches
 from inferloom.runtime.blocks import BlockPool
-from inferloom.runtime.detokenizer import Detokenizer, Tokenizer
-from inferloom.runtime.device.base import Device, StepBatch
+from inferloom.runtime.detokenizer import Detokenizer, Pieces, Tokenizer
+from inferloom.runtime.device.base import Device
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.facts import Facts
 from inferloom.runtime.guide import Guide
 from inferloom.runtime.leases import Leases
-from inferloom.runtime.outputs import CompletionOutput, RequestOutput
+from inferloom.runtime.outputs import CompletionOutput, Logprob, RequestOutput, TokenIds
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.prefix_cache import Below, PrefixCache
 from inferloom.runtime.request import Request, Sequence
-from inferloom.runtime.sampler import sample, token_logprobs
+from inferloom.runtime.sampler import Rows, best_of, sample, token_logprobs
 from inferloom.runtime.scheduler import Limits, Scheduler, Work
 from inferloom.runtime.sessions import Sessions, check_name
-from inferloom.runtime.state import fill_tables, longest
+from inferloom.runtime.state import longest
 from inferloom.runtime.tiers.tiers import Tiers
 from inferloom.runtime.top import TopRow
+from inferloom.runtime.trace import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,9 @@ class Engine:
         self.longest = longest(limits.groups, device.num_blocks, limits.tokens, limits.block_tokens,
                                min(limits.max_model_len, limits.blocks_per_seq * limits.block_tokens))
         self._requests: dict[str, Request] = {}
-        self._texts: dict[Sequence, Detokenizer] = {}
-        self._seeds: dict[str, int] = {}
+        self._batches = Batches(limits)
+        self._timeline: Timeline | None = None
+        self._pieces = [Pieces(tokenizer, skip_special) for skip_special in (False, True)] if tokenizer is not None else []
         self._arrivals, self._steps, self._computed, self._generated = itertools.count(), 0, 0, 0
         self._seed = secrets.randbits(64) if seed is None else seed
 
@@ -111,19 +114,24 @@ class Engine:
         if not hold >= 0 or (hold and session is None):
             raise RequestError("hold is a number of seconds, and needs a session")
         arrival = next(self._arrivals)
+        seed = params.seed if params.seed is not None else (self._seed + arrival) % 2**64
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+        most = self.longest if params.max_tokens is None else min(self.longest, len(prompt_ids) + params.max_tokens)
         request = Request(request_id, prompt, tuple(int(t) for t in prompt_ids), params, arrival, priority, salt, session,
-                          hold)
+                          hold, seed, ends, len(prompt_ids) + params.min_tokens, most)
+        self._requests[request_id] = request
         for sequence in request.sequences:
             sequence.guide = None if guide is None else guide()
-        self._requests[request_id] = request
-        self._seeds[request_id] = params.seed if params.seed is not None else (self._seed + arrival) % 2**64
-        for sequence in request.sequences:
             if self.limits.facts:
                 sequence.facts = Facts(self.limits.facts, len(request.prompt_ids), self.eos)
-            if self.tokenizer is not None:
-                self._texts[sequence] = Detokenizer(self.tokenizer, request.prompt_ids, params.stop,
-                                                    params.skip_special_tokens, params.include_stop_str_in_output)
+            if self._pieces:
+                sequence.text = Detokenizer(self._pieces[params.skip_special_tokens], request.prompt_ids, params.stop,
+                                            params.include_stop_str_in_output)
             self.scheduler.add(sequence)
+
+    def trace(self, timeline: Timeline | None) -> None:
+        """Record the steps from here on there; None stops it."""
+        self._timeline = self.device.timeline = timeline
 
     @property
     def has_unfinished(self) -> bool:
@@ -139,112 +147,121 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the requests that made progress. A failing device ends all that took part."""
+        line = self._timeline
+        if line is not None:
+            line.begin()
         if self.sessions is not None:
             self.sessions.tick()
         work = self.scheduler.schedule()
         if not work:
             return []
-        rows = [(i, position) for i, w in enumerate(work) for position in w.rows]
+        if line is not None:
+            line.mark("schedule")
         try:
             if self.scheduler.copies:
                 self.device.copy_blocks(self.scheduler.copies)
+            batch = self._batches.of(work)
+            if line is not None:
+                line.mark("batch")
             start = time.perf_counter()
-            logits = self.device.step(self._batch(work, rows))
-            if not all(w.samples for w in work):  # most of such a step are tokens of prompts
+            logits = self.device.step(batch)
+            if not all([w.samples for w in work]):  # most of such a step are tokens of prompts
                 self.tiers.costs.compute.add(sum(w.count for w in work), time.perf_counter() - start)
         except Exception as error:
             return self._fail(work, str(error) or repr(error))
         self._steps += 1
-        self._computed += sum(w.count for w in work)
+        self._computed += sum([w.count for w in work])
+        news = self._sample(work, logits)
         self.scheduler.finish(work)
-        touched: dict[str, Request] = {}
-        for (i, position), row in zip(rows, logits, strict=True):
-            sequence, request = work[i].sequence, work[i].sequence.request
-            of_prompt = position + 1 < len(request.prompt_ids)
-            if not of_prompt:
-                touched[request.id] = request
+        for item in work:
+            if item.sequence.finish_reason is not None:
+                self._let_go(item.sequence)
+        if line is not None:
+            line.mark("sample")
+        outputs = [self._output(r) for r in news]
+        if line is not None:
+            line.mark("outputs")
+        return outputs
+
+    def _sample(self, work: list[Work], logits: Rows) -> Iterable[Request]:
+        """The next tokens, and what else was asked of the rows of `logits`; the requests that have news."""
+        best, finite = best_of(logits) if any([w.samples and w.sequence.request.plain for w in work]) else ([], [])
+        news: dict[Request, None] = {}
+        row = 0
+        for item in work:
+            first, row, sequence = row, row + len(item.scored) + item.samples, item.sequence
+            request = sequence.request
+            if item.samples:
+                news[request] = None
             if sequence.finish_reason is not None:
                 continue  # ended by the failure of another sample of its request
             try:
-                if of_prompt:
-                    token = request.prompt_ids[position + 1]
-                    request.prompt_logprobs.append(token_logprobs(row, token, request.params.prompt_logprobs or 0))
+                for position in item.scored:
+                    at, token = first + position - item.scored.start, request.prompt_ids[position + 1]
+                    request.prompt_logprobs.append(token_logprobs(logits[at], token, request.params.prompt_logprobs or 0))
+                if not item.samples:
+                    continue
+                if request.plain and sequence.guide is None and finite[row - 1] and len(sequence.tokens) >= request.least:
+                    self._append(sequence, best[row - 1], None)
                 else:
-                    self._advance(sequence, row)
+                    self._append(sequence, *self._draw(sequence, logits[row - 1]))
             except Exception as error:  # the request's own: the others of the batch go on
+                news[request] = None
                 request.error = str(error) or repr(error)
                 self._end_all(request)
-        return [self._output(r) for r in touched.values()]
+        return news
 
-    def _batch(self, work: list[Work], wanted: list[tuple[int, int]]) -> StepBatch:
-        """The step's arrays; `wanted` are its rows of logits, as (index in `work`, position)."""
-        size, counts = self.limits.block_tokens, [w.count for w in work]
-        starts = np.zeros(len(work) + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
-        tokens, positions = (np.empty(int(starts[-1]), np.int32) for _ in range(2))
-        lens = np.empty(len(work), np.int32)
-        facts = np.empty((len(self.limits.facts), len(tokens)), np.int32)
-        for i, item in enumerate(work):
-            s, part = item.sequence, slice(starts[i], starts[i + 1])
-            positions[part] = np.arange(s.computed, s.computed + item.count, dtype=np.int32)
-            tokens[part] = s.tokens[s.computed:s.computed + item.count]
-            lens[i] = s.computed + item.count
-            if s.facts is not None:
-                facts[:, part] = s.facts.of(s.tokens, s.computed, int(lens[i]))
-        tables, pages = fill_tables(self.limits.groups, [w.sequence.held for w in work], self.limits.blocks_per_seq)
-        blocks = tables[:, np.repeat(np.arange(len(work)), counts), positions // size]
-        slots = np.ascontiguousarray(blocks * size + positions % size)
-        rows = np.array([starts[i] + at - work[i].sequence.computed for i, at in wanted], np.int32)
-        params = [work[i].sequence.request.params for i, _ in wanted]
-        sharpness = np.array([1.0 if p.greedy else 1 / p.temperature for p in params], np.float32)
-        return StepBatch(tokens=tokens, positions=positions, slots=slots, seq_starts=starts, kv_lens=lens,
-                         block_tables=tables, logit_rows=rows, pages=pages, sharpness=sharpness, facts=facts)
-
-    def _advance(self, sequence: Sequence, row: np.ndarray | TopRow) -> None:
-        """Sample the sequence's next token and see whether it ends."""
+    def _draw(self, sequence: Sequence, row: np.ndarray | TopRow) -> tuple[int, dict[int, Logprob] | None]:
         request, params = sequence.request, sequence.request.params
-        early = sequence.generated < params.min_tokens
-        banned = [*self.eos, *params.stop_token_ids] if early else []
-        if not (row.finite if isinstance(row, TopRow) else np.isfinite(row).all()):
+        if not (row.finite if isinstance(row, TopRow) else np.isfinite(row.max())):
             raise RequestError("the model's logits are not finite")
-        guide = sequence.guide
-        token, logprobs = sample(row, params, request.prompt_ids, sequence.output_ids, self._seeds[request.id],
-                                 sequence.index, banned, None if guide is None else guide.allowed())
-        sequence.tokens.append(token)
+        banned = [*self.eos, *params.stop_token_ids] if len(sequence.tokens) < request.least else []
+        allowed = None if sequence.guide is None else sequence.guide.allowed()
+        return sample(row, params, request.prompt_ids, sequence.output_ids, request.seed, sequence.index, banned, allowed)
+
+    def _append(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        """Add a sampled token and see whether the sequence ends."""
+        request, text, tokens = sequence.request, sequence.text, sequence.tokens
+        early = len(tokens) < request.least
+        tokens.append(token)
         self._generated += 1
         if logprobs is not None:
             sequence.logprobs.append(logprobs)
-        text = self._texts.get(sequence)
-        is_stop = not early and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos))
-        if text is not None and not is_stop:
+        if token in request.ends and not early:
+            self._end(sequence, "stop", token if token in request.params.stop_token_ids else None)
+            return
+        if text is not None:
             text.append(token, may_stop=not early)
-        if guide is not None and not is_stop:
-            guide.accept(token)
-        if is_stop:
-            self._end(sequence, "stop", token if token in params.stop_token_ids else None)
-        elif text is not None and text.stopped_by is not None:
-            self._end(sequence, "stop", text.stopped_by)
-        elif guide is not None and guide.finished:
-            self._end(sequence, "stop", None)
-        elif sequence.generated == params.max_tokens or len(sequence.tokens) >= self.longest:
+            if text.stopped_by is not None:
+                self._end(sequence, "stop", text.stopped_by)
+                return
+        if sequence.guide is not None:
+            sequence.guide.accept(token)
+            if sequence.guide.finished:
+                self._end(sequence, "stop", None)
+                return
+        if len(tokens) >= request.most:
             self._end(sequence, "length", None)
 
     def _end(self, sequence: Sequence, reason: str, stop: str | int | None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop
+        if sequence.text is not None:
+            sequence.text.finish()
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Give back what a sequence that ended holds; a session remembers what it computed."""
         request, computed, root = sequence.request, sequence.tokens[:sequence.computed], self.scheduler.root(sequence)
         self.scheduler.remove(sequence)
         if self.sessions is not None and request.session is not None and sequence.index == 0 and computed:
             self.sessions.remember(request.session, computed, root)
             if request.hold:
                 self.sessions.pause(request.session, request.hold)
-        text = self._texts.get(sequence)
-        if text is not None:
-            text.finish()
 
     def _end_all(self, request: Request) -> None:
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 self._end(sequence, "abort", None)
+                self._let_go(sequence)
 
     def _fail(self, work: list[Work], message: str) -> list[RequestOutput]:
         requests = {w.sequence.request.id: w.sequence.request for w in work}
@@ -254,18 +271,16 @@ class Engine:
 
     def _output(self, request: Request) -> RequestOutput:
         """The request as it stands; a finished one is forgotten."""
-        samples = []
+        samples, finished, begin = [], True, len(request.prompt_ids)
         for s in request.sequences:
-            detokenizer = self._texts.get(s)
-            text = "" if detokenizer is None else detokenizer.text if s.finish_reason else detokenizer.visible
-            samples.append(CompletionOutput(s.index, text, tuple(s.output_ids),
-                                            None if request.params.logprobs is None else tuple(s.logprobs),
+            finished = finished and s.finish_reason is not None
+            text = "" if s.text is None else s.text.text if s.finish_reason else s.text.visible
+            logprobs = None if request.params.logprobs is None else tuple(s.logprobs)
+            samples.append(CompletionOutput(s.index, text, TokenIds(s.tokens, begin, len(s.tokens)), logprobs,
                                             s.finish_reason, s.stop_reason))
-        if request.finished:
-            del self._requests[request.id], self._seeds[request.id]
-            for s in request.sequences:
-                self._texts.pop(s, None)
-        return RequestOutput(request.id, request.prompt, request.prompt_ids, tuple(samples), request.finished,
+        if finished:
+            del self._requests[request.id]
+        return RequestOutput(request.id, request.prompt, request.prompt_ids, tuple(samples), finished,
                              request.cached_tokens, request.error,
                              None if request.params.prompt_logprobs is None else tuple(request.prompt_logprobs))
 

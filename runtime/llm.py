@@ -23,7 +23,7 @@ from inferloom.runtime.manifest import KERNELS_FILE, Manifest
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.scheduler import Limits
-from inferloom.runtime.state import Group, Held, fill_tables
+from inferloom.runtime.state import Group, Held, Tables
 from inferloom.runtime.tiers.disk import DiskStore
 from inferloom.runtime.tiers.ram import RamStore
 from inferloom.runtime.tiers.tiers import Tiers
@@ -149,7 +149,7 @@ class LLM:
             for group, each in zip(engine.limits.groups, held):
                 for _ in range(1 if group.recurrent else -(-len(ids) // size)):
                     each.blocks.append(tuple(engine.pool.allocate() for _ in range(group.tables)))
-            tables, pages = fill_tables(engine.limits.groups, [held], m.dims.blocks_per_seq)
+            tables, pages = Tables(engine.limits.groups, m.dims.blocks_per_seq).of([held])
             for begin in range(0, len(ids), chunk):
                 pos = np.arange(begin, min(begin + chunk, len(ids)), dtype=np.int32)
                 slots = np.ascontiguousarray(tables[:, 0, pos // size] * size + pos % size)

@@ -85,6 +85,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token is taken as the model gives it, and nothing else is asked of its logits."""
+        return self.greedy and self.logprobs is None and self.repetition_penalty == 1 and not (
+            self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
 
 def _finite(value: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

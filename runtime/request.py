@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from inferloom.runtime.detokenizer import Detokenizer
 from inferloom.runtime.facts import Facts
 from inferloom.runtime.guide import Guide
 from inferloom.runtime.outputs import Logprob
@@ -15,13 +16,16 @@ from inferloom.runtime.state import Held
 class Sequence:
     """One sample of a request: its tokens, and which of them are in the cache.
 
-    `computed` tokens have state in what is `held` of each group; `keys` are the hashes of the full blocks among them.
+    `computed` tokens have state in what is `held` of each group, which has `room` for so many without a change;
+    `keys` are the hashes of the full blocks among them.
     """
 
     request: Request
     index: int
     tokens: list[int]
+    running: bool = False
     computed: int = 0
+    room: int = 0
     held: list[Held] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     facts: Facts | None = None
@@ -29,7 +33,7 @@ class Sequence:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    text: str = ""
+    text: Detokenizer | None = None
 
     @property
     def generated(self) -> int:
@@ -52,6 +56,9 @@ class Sequence:
 class Request:
     """A prompt with `n` samples. Lower `priority` runs first; ties go by arrival. Only requests with the same `salt`
     share cached prefixes. What its first sample computed is remembered as `session`, and held for `hold` seconds.
+
+    A sample ends with one of the tokens `ends`, but not before it has `least` tokens; or when it has `most`; its prompt's
+    count too.
     """
 
     id: str
@@ -63,12 +70,19 @@ class Request:
     salt: bytes = b""
     session: str | None = None
     hold: float = 0.0
+    seed: int = 0
+    ends: frozenset[int] = frozenset()
+    least: int = 0
+    most: int = 0
     cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
+    plain: bool = field(init=False)
+    sharpness: float = field(init=False)  # 1 / temperature, 1 if that is 0
 
     def __post_init__(self) -> None:
+        self.plain, self.sharpness = self.params.plain, 1 / (self.params.temperature or 1)
         self.sequences = [Sequence(self, i, list(self.prompt_ids)) for i in range(self.params.n)]
 
     @property

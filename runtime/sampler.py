@@ -14,7 +14,19 @@ import numpy as np
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
-from inferloom.runtime.top import TopRow
+from inferloom.runtime.top import TopRow, TopRows
+
+#: f32 [rows, vocab], or the largest of each row.
+Rows = np.ndarray | TopRows
+
+
+def best_of(logits: Rows) -> tuple[list[int], list[bool]]:
+    """The most likely token of each row, the lowest id of equals; and whether its logit is finite: a NaN counts as the
+    largest of its row."""
+    if isinstance(logits, TopRows):
+        return logits.best()
+    best = [int(row.argmax()) for row in logits]
+    return best, np.isfinite(logits[np.arange(len(best)), best]).tolist()
 
 _NONE_LEFT = "no token is left to draw: bias, bans or a grammar leave none"
 

@@ -39,21 +39,15 @@ class Limits:
         return PREFIX_LEN in self.facts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """`count` tokens of a sequence from its first uncomputed one; `samples` when they reach its end."""
+    """`count` tokens of a sequence from its first uncomputed one. Logits are wanted of the positions `scored`, and of the
+    last if this `samples`, since it reaches the sequence's end."""
 
     sequence: Sequence
     count: int
-
-    @property
-    def samples(self) -> bool:
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
-
-    @property
-    def rows(self) -> list[int]:
-        """Positions whose logits are wanted; of those the last one's, if it samples, for the next token."""
-        return [*self.sequence.rows(self.count), *([len(self.sequence.tokens) - 1] if self.samples else [])]
+    samples: bool
+    scored: range
 
 
 class Scheduler:
@@ -85,21 +79,20 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step; empty when nothing can run. `copies` are the blocks (from, to) to copy before it."""
-        budget, work = self.limits.tokens, list[Work]()
+        budget, work, started = self.limits.tokens, list[Work](), len(self.running)
         self.copies = []
-        self.running.sort(key=self._rank)
         # A prompt's chunk leaves room for the one token of each sequence behind it, so that none stands still.
-        decoding = sum(len(s.tokens) - s.computed == 1 for s in self.running)
+        decoding = sum([len(s.tokens) - s.computed == 1 for s in self.running])
         # Each sequence has a row of logits; what is left goes to prompts whose logits are asked for.
         most = self.limits.tokens + self.limits.seqs if self.limits.rows is None else self.limits.rows
         self._rows = most - len(self.running)
-        for sequence in list(self.running):
+        for sequence in self.running[:]:
             missing = len(sequence.tokens) - sequence.computed
             decoding -= missing == 1
-            count = self._cut(sequence, min(missing, budget if missing == 1 else budget - decoding))
-            if sequence not in self.running or count < 1:
+            count = min(1, budget) if missing == 1 else self._cut(sequence, min(missing, budget - decoding))
+            if not sequence.running or count < 1:
                 continue  # preempted by one before it, or no room left
-            if self._grow(sequence, count):
+            if sequence.computed + count <= sequence.room or self._grow(sequence, count):
                 work.append(self._work(sequence, count))
                 budget -= count
         while self.waiting and budget > 0 and self._rows > 0 and len(self.running) < self.limits.seqs:
@@ -109,9 +102,12 @@ class Scheduler:
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
+            sequence.running = True
             count = self._cut(sequence, min(len(sequence.tokens) - sequence.computed, budget))
             work.append(self._work(sequence, count))
             budget -= count
+        if len(self.running) > started:
+            self.running.sort(key=self._rank)
         return work
 
     def _cut(self, sequence: Sequence, count: int) -> int:
@@ -127,8 +123,8 @@ class Scheduler:
 
     def _work(self, sequence: Sequence, count: int) -> Work:
         """The sequence's part of the step, for which it takes rows besides the one it has."""
-        made = Work(sequence, count)
-        self._rows -= max(len(made.rows) - 1, 0)
+        made = Work(sequence, count, sequence.computed + count == len(sequence.tokens), sequence.rows(count))
+        self._rows -= max(len(made.scored) + made.samples - 1, 0)
         return made
 
     def finish(self, work: list[Work]) -> None:
@@ -136,17 +132,24 @@ class Scheduler:
         size = self.limits.block_tokens
         for item in work:
             sequence = item.sequence
+            if not sequence.running:
+                continue  # aborted meanwhile
             sequence.computed += item.count
-            for held in sequence.held:
-                if held.next is not None:
-                    self._give_back(held.blocks)
-                    held.blocks, held.next = [held.next], None
+            if self.recurrent:
+                self._move(sequence)
             while self.cache is not None and (len(sequence.keys) + 1) * size <= sequence.computed:
                 at = len(sequence.keys)
                 before = sequence.keys[-1] if at else self.root(sequence)
                 key = self.cache.key(before, sequence.tokens[at * size:(at + 1) * size])
                 sequence.keys.append(key)
                 self.cache.record(sequence.held, at, key, sequence.computed)
+
+    def _move(self, sequence: Sequence) -> None:
+        """Recurrent states that were written are those that are read from now on."""
+        for held in sequence.held:
+            if held.next is not None:
+                self._give_back(held.blocks)
+                held.blocks, held.next = [held.next], None
 
     def root(self, sequence: Sequence) -> bytes | None:
         """What the keys of its blocks start from: the request's salt; and state of a prompt whose tokens see each other
@@ -249,6 +252,9 @@ class Scheduler:
                     held.next = made
                 else:
                     held.blocks.append(made)
+        # A recurrent state may have to move at any step.
+        sequence.room = 0 if self.recurrent else min(
+            (len(h.blocks) for h in sequence.held), default=0) * self.limits.block_tokens
 
     def _give_back(self, blocks: list[Blocks | None]) -> None:
         for each in blocks:
@@ -259,7 +265,7 @@ class Scheduler:
         for held in sequence.held:
             # Last block first, so that the start of a prefix outlives its end in the cache.
             self._give_back([held.next, *reversed(held.blocks)])
-        sequence.held, sequence.keys, sequence.computed = [], [], 0
+        sequence.held, sequence.keys, sequence.computed, sequence.room, sequence.running = [], [], 0, 0, False
 
     def check_integrity(self) -> None:
         """Raise ValueError unless blocks, queues and counts agree."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,8 @@ class Group:
         return -(-tokens // block_tokens) * self.tables
 
 
+#: Columns of block tables are made so many at a time, so that they need not grow at every block.
+SPARE = 16
 #: The state of an ordinary model.
 ALL_KEYS = (Group(),)
 
@@ -73,20 +76,49 @@ def longest(groups: Sequence[Group], blocks: int, step: int, block_tokens: int, 
     return low
 
 
-def fill_tables(groups: Sequence[Group], held: Sequence[Sequence[Held]], width: int) -> tuple[Int32, Int32]:
-    """A step's block_tables [K, S, width] and pages [N, S, 2] for what each of S sequences holds of each group."""
-    tables = np.zeros((sum(g.tables for g in groups if not g.recurrent), len(held), width), np.int32)
-    pages = np.zeros((sum(g.tables for g in groups if g.recurrent), len(held), 2), np.int32)
-    at = {False: 0, True: 0}
-    for number, group in enumerate(groups):
-        first, none = at[group.recurrent], (0,) * group.tables
-        part = slice(first, first + group.tables)
-        at[group.recurrent] += group.tables
-        for i, each in enumerate(held):
-            blocks = [none if b is None else b for b in each[number].blocks]
-            if group.recurrent:
-                (now,) = blocks
-                pages[part, i] = np.array([now, each[number].next or now], np.int32).T
-            elif blocks:
-                tables[part, i, :len(blocks)] = np.array(blocks, np.int32).T
-    return tables, pages
+class Tables:
+    """A step's block_tables [K, S, `width` or fewer] and pages [N, S, 2], kept from one step to the next.
+
+    While the same sequences run, only blocks that are new to them are written. Of a sequence's blocks, those behind a
+    window may be any, as those after its end.
+    """
+
+    def __init__(self, groups: Sequence[Group], width: int) -> None:
+        self._width = width
+        self._kv: list[tuple[int, slice]] = []  # groups of keys and values, and their tables
+        self._recurrent: list[tuple[int, slice]] = []
+        for number, group in enumerate(groups):
+            places = self._recurrent if group.recurrent else self._kv
+            first = places[-1][1].stop if places else 0
+            places.append((number, slice(first, first + group.tables)))
+        self._held: list[Sequence[Held]] = []
+        self._known: list[list[int]] = []  # blocks of each group of keys and values that are in the table, by sequence
+        self._tables, self._pages = np.zeros((0, 0, 0), np.int32), np.zeros((0, 0, 2), np.int32)
+
+    def of(self, held: list[Sequence[Held]]) -> tuple[Int32, Int32]:
+        """The arrays for what each sequence holds; they are overwritten by the next call."""
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)) or self._narrow(held):
+            self._begin(held)
+        for (number, part), known in zip(self._kv, self._known):
+            for i, each in enumerate(held):
+                blocks = each[number].blocks
+                if len(blocks) != known[i]:
+                    none = (0,) * (part.stop - part.start)
+                    new = [none if b is None else b for b in blocks[known[i]:]]
+                    self._tables[part, i, known[i]:len(blocks)] = np.array(new, np.int32).T
+                    known[i] = len(blocks)
+        for number, part in self._recurrent:
+            for i, each in enumerate(held):
+                (now,) = each[number].blocks
+                self._pages[part, i] = np.array([now, each[number].next or now], np.int32).T
+        return self._tables, self._pages
+
+    def _narrow(self, held: list[Sequence[Held]]) -> bool:
+        return any(len(each[number].blocks) > self._tables.shape[2] for number, _ in self._kv for each in held)
+
+    def _begin(self, held: list[Sequence[Held]]) -> None:
+        longest = max((len(each[number].blocks) for number, _ in self._kv for each in held), default=0)
+        width = min(self._width, -(-longest // SPARE) * SPARE) if self._kv else self._width
+        self._tables = np.zeros((self._kv[-1][1].stop if self._kv else 0, len(held), width), np.int32)
+        self._pages = np.zeros((self._recurrent[-1][1].stop if self._recurrent else 0, len(held), 2), np.int32)
+        self._held, self._known = held, [[0] * len(held) for _ in self._kv]

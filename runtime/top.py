@@ -42,6 +42,12 @@ class TopRows:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def best(self) -> tuple[list[int], list[bool]]:
+        """The most likely token of each row; and whether the row is `finite`."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            finite = np.isfinite(self._stats[:, 0] + np.log(self._stats[:, 1]))
+        return (0x7FFFFFFF - (self._keys[:, 0] & 0xFFFFFFFF)).tolist(), finite.tolist()
+
     def __getitem__(self, i: int) -> TopRow:
         return TopRow(self._keys[i], self._stats[i], lambda: self._fetch(i, i + 1)[0])
 

@@ -19,6 +19,11 @@ def bench(
     threads: options.Threads = None,
     runs: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 3,
     batches: Annotated[str, typer.Option(help="Batch sizes of the decode measurements.")] = "1,4,16",
+    profile: Annotated[bool, typer.Option("--profile", help="Instead, show where a decode step's time goes: phases and "
+                                                            "kernels.")] = False,
+    trace: Annotated[Path | None, typer.Option("--trace", show_default=False, metavar="FILE",
+                                               help="Instead, write the steps of the last of --batches as a trace for "
+                                                    "ui.perfetto.dev.")] = None,
     ceilings: Annotated[bool, typer.Option(help="Measure the machine's ceilings in the same run.")] = True,
     output: Annotated[Path | None, typer.Option("--out", "-o", show_default=False,
                                                 help="Write the report here as JSON.")] = None,
@@ -30,18 +35,23 @@ def bench(
     """Measure decode, prefill, load time and memory, as ratios to this machine's ceilings."""
     set_json(json_)
     from inferloom.benchmarks.bench import bench as measure
+    from inferloom.benchmarks.profile import profile as measure_steps
 
+    sizes = options.parse_counts(batches)
+    show = _show_steps if profile or trace is not None else _show
     with progress(f"measuring {model}") as report:
         path = resolve(model, options.compile_options(chip, dtype, max_model_len), report)
-        made = measure(path, threads or len(os.sched_getaffinity(0)), runs, options.parse_counts(batches), ceilings,
-                       report)
+        if profile or trace is not None:
+            made = measure_steps(path, threads, sizes, trace)
+        else:
+            made = measure(path, threads or len(os.sched_getaffinity(0)), runs, sizes, ceilings, report)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
     if json_:
         emit(made)
     else:
-        _show(made)
+        show(made)
 
 
 def _show(made: dict[str, Any]) -> None:
@@ -54,3 +64,17 @@ def _show(made: dict[str, Any]) -> None:
         spread = (max(m["runs"]) - min(m["runs"])) / m["value"] if m["value"] else 0.0
         rows.add_row(m["name"], value, share, f"{spread:.0%}", f"{m['others']:.0%}")
     out.print(rows)
+
+
+def _show_steps(made: dict[str, Any]) -> None:
+    out.print(f"{made['model']['name']} {made['model']['dtype']}: median decode step in microseconds")
+    for step in made["batches"]:
+        total = step["python"] + step["phases"]["kernels"]
+        rows = table(f"batch {step['batch']}, {step['steps']} steps", "phase or kernel", "kind", "calls", "us", "share",
+                     right=("calls", "us", "share"))
+        for name, us in step["phases"].items():
+            rows.add_row(name, "phase", "", f"{us:.1f}", f"{us / total:.1%}")
+        rows.add_row("all but kernels", "", "", f"{step['python']:.1f}", f"{step['python'] / total:.1%}", end_section=True)
+        for k in step["kernels"]:
+            rows.add_row(k["kernel"], k["kind"], str(k["calls"]), f"{k['us']:.1f}", f"{k['us'] / total:.1%}")
+        out.print(rows)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +38,9 @@ def run(
                                                  help="With --json: log-probabilities of this many tokens.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt too.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Say on stderr how long it took.")] = False,
+    trace: Annotated[Path | None, typer.Option("--trace", show_default=False, metavar="FILE",
+                                               help="Write phases and kernels of all steps as a trace for "
+                                                    "ui.perfetto.dev.")] = None,
     chip: options.Chip = "cpu",
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
@@ -62,7 +67,7 @@ def run(
     if echo and not json_ and n == 1:
         sys.stdout.write(text)
     stream = _Stream() if not json_ and n == 1 else None
-    with llm:
+    with llm, _traced(llm, trace):
         result = _checked(llm.generate([text], wanted, on_output=stream)[0])
     ended = time.perf_counter()
     outputs = [{"index": o.index, "text": o.text, "token_ids": list(o.token_ids), "finish_reason": o.finish_reason,
@@ -80,6 +85,22 @@ def run(
     if stats:
         first = stream.first - loaded if stream is not None and stream.first is not None else None
         _say_stats(loaded - start, first, ended - loaded, len(result.prompt_token_ids), made)
+
+
+@contextmanager
+def _traced(llm: Any, path: Path | None) -> Iterator[None]:
+    """Write what the engine does meanwhile to a file, if one is given."""
+    if path is None:
+        yield
+        return
+    from inferloom.runtime.trace import Timeline
+
+    timeline = Timeline()
+    llm.engine.trace(timeline)
+    try:
+        yield
+    finally:
+        timeline.write(path)
 
 
 class _Stream:

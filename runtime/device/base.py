@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -13,10 +14,11 @@ from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.facts import DOCUMENT_START, PREFIX_LEN
 from inferloom.runtime.manifest import DIMS, Manifest, Tiles, inputs_layout
 from inferloom.runtime.top import TopRows
+from inferloom.runtime.trace import Timeline
 
 Int32 = NDArray[np.int32]
 _RAGGED = ("tokens", "positions", "seq_starts", "kv_lens", "logit_rows")
-_DIMENSIONS = {"slots": 2, "block_tables": 3, "pages": 3, "facts": 2}
+_DIMENSIONS = {**dict.fromkeys(_RAGGED, 1), "slots": 2, "block_tables": 3, "pages": 3, "facts": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class StepBatch:
     (block * block_tokens + offset in it: where the token's state goes) and block_tables [K, S, blocks_per_seq or fewer];
     for each of the N recurrent ones pages [N, S, 2] (the block to read, the block to write). `sharpness` f32 [R] is
     1 / temperature of each row, for what a device finds out about it; 1 if not given. facts [F, T]: those that the
-    manifest's dims name.
+    manifest's dims name. `made`: by the engine's `Batches`, so that all but ids and places is right by construction.
     """
 
     tokens: Int32
@@ -41,12 +43,17 @@ class StepBatch:
     pages: Int32 = field(default_factory=lambda: np.zeros((0, 0, 2), np.int32))
     sharpness: NDArray[np.float32] | None = None
     facts: Int32 = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    made: bool = False
 
 
 class Device(Protocol):
-    """Memory and execution for one artifact; for one thread at a time."""
+    """Memory and execution for one artifact; for one thread at a time.
+
+    With a `timeline`, steps record there when their inputs were ready and what each kernel took.
+    """
 
     num_blocks: int
+    timeline: Timeline | None
 
     def step(self, batch: StepBatch) -> NDArray[np.float32] | TopRows:
         """Logits f32 [R, vocab], valid until the next step; a GPU keeps them, and gives the largest of each row.
@@ -80,6 +87,9 @@ def make_tiles(seq_starts: Int32, tiles: Tiles) -> tuple[Int32, Int32]:
     >>> [t.tolist() for t in make_tiles(np.array([0, 1, 18], np.int32), Tiles(16, 4))]
     [[[1, 1, 16], [1, 17, 1]], [[0, 0, 1]]]
     """
+    if seq_starts[-1] == len(seq_starts) - 1:  # a token each
+        one = _single_tiles(len(seq_starts) - 1)
+        return (one[:0], one) if tiles.decode else (one, one[:0])
     counts = np.diff(seq_starts)
     short = counts <= tiles.decode
     whole = np.flatnonzero(short).astype(np.int32)
@@ -91,13 +101,37 @@ def make_tiles(seq_starts: Int32, tiles: Tiles) -> tuple[Int32, Int32]:
     return cut.astype(np.int32), np.stack([whole, seq_starts[whole], counts[whole]], axis=1).astype(np.int32)
 
 
+@lru_cache(256)
+def _single_tiles(seqs: int) -> Int32:
+    numbers = np.arange(seqs, dtype=np.int32)
+    tiles = np.stack([numbers, numbers, np.ones_like(numbers)], axis=1)
+    tiles.flags.writeable = False
+    return tiles
+
+
 def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
     """RequestError unless every shape and every number of the batch is within the artifact's bounds.
 
     Kernels trust their inputs: whatever passes here must touch no memory but its own.
     """
-    for name in (f.name for f in fields(batch) if f.name != "sharpness"):
-        array, ndim = getattr(batch, name), _DIMENSIONS.get(name, 1)
+    if batch.made:
+        _check_places(batch, manifest, num_blocks)
+    else:
+        _check_all(batch, manifest, num_blocks)
+
+
+def _check_places(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
+    """Ids and places in memory; block tables are of valid blocks throughout."""
+    _all_within("tokens", batch.tokens, manifest.model.vocab_size)
+    _all_within("positions", batch.positions, manifest.model.max_model_len)
+    _all_within("slots", batch.slots, num_blocks * manifest.state.block_tokens)
+    _all_within("block_tables", batch.block_tables, num_blocks)
+    _all_within("pages", batch.pages, num_blocks)
+
+
+def _check_all(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
+    for name, ndim in _DIMENSIONS.items():
+        array = getattr(batch, name)
         if not isinstance(array, np.ndarray) or array.dtype != np.int32 or array.ndim != ndim:
             raise RequestError(f"step: {name} must be an int32 array of {ndim} dimension(s)")
         if not array.flags.c_contiguous:
@@ -118,23 +152,25 @@ def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
     sharpness = batch.sharpness
     if sharpness is not None and (sharpness.dtype != np.float32 or sharpness.shape != batch.logit_rows.shape):
         raise RequestError("step: sharpness must be float32, one number for each row of logits")
-    lengths = np.diff(batch.seq_starts)
-    if batch.seq_starts[0] != 0 or batch.seq_starts[-1] != count or lengths.min() < 1:
+    starts, ends = batch.seq_starts, batch.kv_lens
+    lengths = starts[1:] - starts[:-1]
+    if starts[0] != 0 or starts[-1] != count or lengths.min() < 1:
         raise RequestError(f"step: seq_starts must rise from 0 to {count}, at least one token a sequence")
     _all_within("tokens", batch.tokens, manifest.model.vocab_size)
     _all_within("positions", batch.positions, manifest.model.max_model_len)
     if state.kv_tables:
         _all_within("slots", batch.slots, num_blocks * state.block_tokens)
-        _all_within("kv_lens", batch.kv_lens, width * state.block_tokens + 1)
+        _all_within("kv_lens", ends, width * state.block_tokens + 1)
         _all_within("block_tables", batch.block_tables[:, used_blocks(batch, state.block_tokens)], num_blocks)
     if state.recurrent_tables:
         _all_within("pages", batch.pages, num_blocks)
     _all_within("logit_rows", batch.logit_rows, count)
-    if (batch.kv_lens < lengths).any():
+    if (ends < lengths).any():
         raise RequestError("step: kv_lens counts the tokens of this step too, so it cannot be less than their number")
-    if (batch.positions >= np.repeat(batch.kv_lens, lengths)).any():
+    of_token = ends if count == seqs else np.repeat(ends, lengths)
+    if (batch.positions >= of_token).any():
         raise RequestError("step: a position must be below its sequence's kv_lens")
-    limits = {PREFIX_LEN: np.repeat(batch.kv_lens, lengths), DOCUMENT_START: batch.positions}
+    limits = {PREFIX_LEN: of_token, DOCUMENT_START: batch.positions}
     for name, row in zip(dims.facts, batch.facts):
         if (row < 0).any() or (row > limits[name]).any():
             raise RequestError(f"step: {name} must be 0 to what there is of the sequence, got {row.min()} to {row.max()}")
@@ -185,10 +221,11 @@ def fill_inputs(batch: StepBatch, m: Manifest, views: dict[str, Int32]) -> list[
         views[name][: len(array)] = array
     seqs = len(batch.kv_lens)
     for i in range(m.state.kv_tables):
-        table, width = views[f"block_tables{i or ''}"], batch.block_tables.shape[2]
-        # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block.
-        table[:seqs, :width] = np.where(used_blocks(batch, m.state.block_tokens), batch.block_tables[i], 0)
-        table[:seqs, width:] = 0
+        # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block, of an earlier
+        # step perhaps.
+        table, width = batch.block_tables[i], batch.block_tables.shape[2]
+        views[f"block_tables{i or ''}"][:seqs, :width] = table if batch.made else np.where(
+            used_blocks(batch, m.state.block_tokens), table, 0)
         views[f"slots{i or ''}"][: len(batch.tokens)] = batch.slots[i]
     for name, row in zip(m.dims.facts, batch.facts):
         views[name][: len(row)] = row
@@ -208,5 +245,5 @@ def _within(what: str, value: int, low: int, high: int) -> None:
 
 
 def _all_within(name: str, array: Int32, limit: int) -> None:
-    if array.size and (array.min() < 0 or array.max() >= limit):
+    if array.size and array.view(np.uint32).max() >= limit:  # a negative one is larger than all
         raise RequestError(f"step: {name} must be 0 to {limit - 1}, got {array.min()} to {array.max()}")

@@ -14,8 +14,9 @@ from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.device.base import StepBatch, check_batch, fill_inputs, input_views, plan_blocks
 from inferloom.runtime.device.library import KernelLibrary
 from inferloom.runtime.errors import ArtifactError, RequestError
-from inferloom.runtime.manifest import DIMS, KERNELS_FILE
+from inferloom.runtime.manifest import KERNELS_FILE
 from inferloom.runtime.memory import Arena
+from inferloom.runtime.trace import Timeline
 
 #: Pointers that a CPU kernel takes.
 MAX_ARGS = 16
@@ -39,6 +40,7 @@ class CpuDevice:
     def __init__(self, artifact: Artifact, num_blocks: int | None = None, memory_bytes: int | None = None,
                  threads: int | None = None) -> None:
         m = self.manifest = artifact.manifest
+        self.timeline: Timeline | None = None
         self.num_blocks = plan_blocks(m, num_blocks, memory_bytes)
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
         if not 1 <= self.threads <= 256:
@@ -54,19 +56,29 @@ class CpuDevice:
             self._blocks = self._state.bytes.reshape(self.num_blocks, m.state.bytes_per_block)
             self._views = input_views(m, self._inputs.bytes)
             self._calls = self._plan()
+            self._plan_at = ctypes.addressof(self._calls), len(m.plan), self._views["dims"].ctypes.data
             self._library.threads(self.threads)
         except BaseException:
             self.close()
             raise
 
     def step(self, batch: StepBatch) -> NDArray[np.float32]:
-        return self._run(batch, None)
+        if self.timeline is None:
+            return self._run(batch, None)
+        return self._timed(batch, self.timeline)[0]
 
     def profile(self, batch: StepBatch) -> list[tuple[str, int]]:
         """Run a step; the kernel's symbol and nanoseconds of each call, in order."""
-        ns = (ctypes.c_uint64 * max(len(self.manifest.plan), 1))()
-        self._run(batch, ctypes.addressof(ns))
-        return [(self.manifest.kernels[call.kernel].symbol, int(t)) for call, t in zip(self.manifest.plan, ns)]
+        ns = self._timed(batch, Timeline())[1]
+        return [(self.manifest.kernels[call.kernel].symbol, t) for call, t in zip(self.manifest.plan, ns)]
+
+    def _timed(self, batch: StepBatch, timeline: Timeline) -> tuple[NDArray[np.float32], list[int]]:
+        m = self.manifest
+        times = (ctypes.c_uint64 * max(len(m.plan), 1))()
+        logits = self._run(batch, ctypes.addressof(times), timeline)
+        ns = [int(t) for t in times[:len(m.plan)]]
+        timeline.kernels((m.kernels[call.kernel] for call in m.plan), ns)
+        return logits, ns
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for pair in pairs:
@@ -101,12 +113,14 @@ class CpuDevice:
                  trace: TracebackType | None) -> None:
         self.close()
 
-    def _run(self, batch: StepBatch, ns: int | None) -> NDArray[np.float32]:
+    def _run(self, batch: StepBatch, ns: int | None, timeline: Timeline | None = None) -> NDArray[np.float32]:
         self._check_open()
         m = self.manifest
         check_batch(batch, m, self.num_blocks)
-        dims = (ctypes.c_int32 * len(DIMS))(*fill_inputs(batch, m, self._views))
-        self._library.step(ctypes.addressof(self._calls), len(m.plan), ctypes.addressof(dims), ns)
+        fill_inputs(batch, m, self._views)
+        if timeline is not None:
+            timeline.mark("inputs")
+        self._library.step(*self._plan_at, ns)
         out = m.output
         return np.ndarray((len(batch.logit_rows), out.vocab), np.float32, self._workspace.bytes, out.offset, (out.ld * 4, 4))
 

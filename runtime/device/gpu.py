@@ -17,6 +17,7 @@ from inferloom.runtime.device.launcher import GpuError, GpuInfo, Launch, Launche
 from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.manifest import KERNELS_FILE, inputs_layout
 from inferloom.runtime.top import TopRows
+from inferloom.runtime.trace import Timeline
 from inferloom.runtime.weights import CHUNK, stream_weights
 
 #: Sequences of the decode steps that graphs are recorded for; the artifact's most comes on top.
@@ -38,6 +39,7 @@ class GpuDevice:
     def __init__(self, artifact: Artifact, num_blocks: int | None = None, memory_bytes: int | None = None,
                  ordinal: int = 0, graphs: bool = True) -> None:
         m = self.manifest = artifact.manifest
+        self.timeline: Timeline | None = None
         given = num_blocks is not None or memory_bytes is not None
         self.num_blocks = plan_blocks(m, num_blocks, memory_bytes) if given else 0
         self.graphs = graphs
@@ -79,12 +81,16 @@ class GpuDevice:
             raise
 
     def step(self, batch: StepBatch) -> NDArray[np.float32] | TopRows:
-        out, rows = self.manifest.output, len(batch.logit_rows)
+        out, rows, timeline = self.manifest.output, len(batch.logit_rows), self.timeline
         top = out.top
 
         def enqueue(dims: list[int]) -> None:
             bucket = self._bucket(dims) if self.graphs else None
-            if bucket is None:
+            if timeline is not None:
+                timeline.mark("inputs")
+                ns = self._time(dims)
+                timeline.kernels((self.manifest.kernels[call.kernel] for call in self.manifest.plan), ns)
+            elif bucket is None:
                 self._launcher.step(self._launches, dims)
             else:
                 self._launcher.replay(self._graph(bucket))
@@ -117,10 +123,12 @@ class GpuDevice:
 
     def profile(self, batch: StepBatch) -> list[tuple[str, int]]:
         """Run a step, never as a graph; the kernel's symbol and nanoseconds of each call, in order (0: skipped)."""
-        times: list[float] = []
-        self._run(batch, lambda dims: times.extend(self._launcher.time(self._launches, dims)))
-        return [(self.manifest.kernels[call.kernel].symbol, round(us * 1000))
-                for call, us in zip(self.manifest.plan, times)]
+        times: list[int] = []
+        self._run(batch, lambda dims: times.extend(self._time(dims)))
+        return [(self.manifest.kernels[call.kernel].symbol, ns) for call, ns in zip(self.manifest.plan, times)]
+
+    def _time(self, dims: list[int]) -> list[int]:
+        return [round(us * 1000) for us in self._launcher.time(self._launches, dims)]
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         places = [(self._block(source), self._block(destination)) for source, destination in pairs]

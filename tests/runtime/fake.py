@@ -38,7 +38,8 @@ class FakeDevice:
         if self.steps == self.fail_at:
             raise RequestError("the device failed")
         self.computed += len(batch.tokens)
-        assert all(getattr(batch, f.name).flags.c_contiguous for f in fields(batch))
+        arrays = [getattr(batch, f.name) for f in fields(batch)]
+        assert all(a.flags.c_contiguous for a in arrays if isinstance(a, np.ndarray))
         writes = [*batch.slots.reshape(-1).tolist(), *(-1 - p for p in batch.pages[..., 1].reshape(-1).tolist())]
         assert len(set(writes)) == len(writes)
         touched = {s // self.block_tokens for s in writes if s >= 0}

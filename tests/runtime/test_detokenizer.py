@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from pathlib import Path
 
-from inferloom.runtime.detokenizer import Detokenizer
+from tokenizers import Tokenizer
+
+from inferloom.runtime.detokenizer import Detokenizer, Pieces
 
 
 class Bytes:
@@ -15,7 +19,7 @@ class Bytes:
 
 
 def feed(text: str, stop: Sequence[str] = (), include: bool = False) -> tuple[list[str], Detokenizer]:
-    made, shown = Detokenizer(Bytes(), b"prompt", stop, True, include), []
+    made, shown = Detokenizer(Pieces(Bytes(), True), b"prompt", stop, include), []
     for token in text.encode():
         made.append(token)
         shown.append(made.visible)
@@ -32,7 +36,7 @@ def test_never_half_a_character() -> None:
 
 
 def test_half_a_character_at_the_end_is_shown() -> None:
-    made = Detokenizer(Bytes(), b"", (), True, False)
+    made = Detokenizer(Pieces(Bytes(), True), b"", (), False)
     for token in "a🧵".encode()[:3]:
         made.append(token)
     made.finish()
@@ -49,3 +53,27 @@ def test_stop_strings_are_held_back_and_cut() -> None:
 
 def test_the_first_stop_string_wins() -> None:
     assert feed("xx<b>yy<a>", ["<a>", "<b>"])[1].text == "xx"
+
+
+def test_byte_level_text_is_that_of_all_tokens_at_once(demo_checkpoint: Path) -> None:
+    """Of whole characters token by token, of others with their neighbours; joined or not makes no difference."""
+    tokenizer = Tokenizer.from_file(str(demo_checkpoint / "tokenizer.json"))
+    for seed in range(200):
+        r = random.Random(seed)
+        text = "".join(r.choice(["a", " def", "\n", "ö", "🧵", "線", "<s>", "\t", "é"]) for _ in range(30))
+        ids = tokenizer.encode(text).ids if seed % 2 else [r.randrange(tokenizer.get_vocab_size()) for _ in range(30)]
+        for skip in (True, False):
+            shown = []
+            for joined in (True, False):
+                pieces = Pieces(tokenizer, skip)
+                assert pieces.joined
+                pieces.joined = joined
+                made = Detokenizer(pieces, ids[:3], (), False)
+                for token in ids[3:]:
+                    made.append(token)
+                made.finish()
+                shown.append(made.text)
+            assert shown[0] == shown[1]
+            if seed % 2:
+                assert shown[0] == tokenizer.decode(ids, skip_special_tokens=skip)[len(
+                    tokenizer.decode(ids[:3], skip_special_tokens=skip)):]

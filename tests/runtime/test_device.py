@@ -77,7 +77,7 @@ def test_q_tiles():
     assert tiles.tolist() == [[0, 0, 1], [1, 1, 16], [2, 17, 16], [2, 33, 1], [3, 34, 16], [3, 50, 16]]
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch) if f.name not in ("sharpness", "pages", "facts")])
+@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch) if f.name not in ("sharpness", "pages", "facts", "made")])
 def test_arrays_must_be_plain_int32(device, name):
     good = getattr(batch(), name)
     for bad in (good.astype(np.int64), good[..., None], good.tolist()):
@@ -124,6 +124,17 @@ def test_sharpness_belongs_to_rows(device):
 def test_batches_out_of_bounds(device, changes, message):
     with pytest.raises(RequestError, match=message):
         device.step(batch(**changes))
+
+
+@pytest.mark.parametrize("name, value", [("tokens", 5), ("positions", 32), ("slots", 48), ("block_tables", 3),
+                                         ("block_tables", -1), ("slots", -1)])
+def test_places_are_checked_in_batches_of_the_engine_too(device, name, value):
+    good = replace(batch(block_tables=[[[2, 0], [0, 1]]]), made=True)
+    np.testing.assert_array_equal(device.step(good), expected([3, 1], 3, 3))
+    bad = getattr(good, name).copy()
+    bad.flat[-1] = value
+    with pytest.raises(RequestError, match=f"{name} must be 0 to"):
+        device.step(replace(good, **{name: bad}))
 
 
 def test_memory_is_planned_and_refused_with_arithmetic(artifact):

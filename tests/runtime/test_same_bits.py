@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from inferloom.runtime.device.base import StepBatch, check_batch
 from inferloom.runtime.engine import Engine
 from inferloom.runtime.llm import LLM
 from inferloom.runtime.params import SamplingParams
-from inferloom.runtime.request import Sequence
-from inferloom.runtime.scheduler import Limits
+from inferloom.runtime.request import Request
+from inferloom.runtime.scheduler import Limits, Work
 
 TRACES = 100
 
@@ -25,9 +28,10 @@ class Recording(Engine):
         super().__init__(*args, **options)
         self.rows: dict[str, list[np.ndarray]] = {}
 
-    def _advance(self, sequence: Sequence, row: np.ndarray) -> None:
-        self.rows.setdefault(sequence.request.id, []).append(row.copy())
-        super()._advance(sequence, row)
+    def _sample(self, work: list[Work], logits: np.ndarray) -> Iterable[Request]:
+        for item, row in zip([w for w in work if w.samples], logits, strict=True):
+            self.rows.setdefault(item.sequence.request.id, []).append(row.copy())
+        return super()._sample(work, logits)
 
 
 class Fewer:
@@ -35,6 +39,10 @@ class Fewer:
 
     def __init__(self, device: Any, blocks: int) -> None:
         self._device, self.num_blocks = device, blocks
+
+    def step(self, batch: StepBatch) -> Any:
+        check_batch(replace(batch, made=False), self._device.manifest, self.num_blocks)  # what the engine makes is right
+        return self._device.step(batch)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)

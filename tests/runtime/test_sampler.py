@@ -9,8 +9,8 @@ import pytest
 
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.params import SamplingParams
-from inferloom.runtime.sampler import sample
-from inferloom.runtime.top import TopRow
+from inferloom.runtime.sampler import best_of, sample
+from inferloom.runtime.top import TopRow, TopRows
 
 ROW = np.array([2.0, 1.0, 0.5, 0.0, -1.0, 1.5], np.float32)
 
@@ -103,3 +103,17 @@ def test_largest_logits_draw_the_same_token(params: dict[str, object], decided: 
         top = top_row(row, p, 64)
         assert sample(top, p, [], [], seed, 0) == sample(row, p, [], [], seed, 0)
         assert bool(top.fetched) != decided  # type: ignore[attr-defined]
+
+
+def test_best_of_all_rows() -> None:
+    rows = np.round(np.random.default_rng(0).standard_normal((9, 50)) * 3, 1).astype(np.float32)
+    rows[2, 7], rows[3, 0], rows[4, 9] = np.nan, np.inf, -np.inf
+    rows[5] = -np.inf
+    best, finite = best_of(rows)
+    assert finite == [True, True, False, False, True, False, True, True, True]
+    assert all(best[i] == sample(rows[i], SamplingParams(temperature=0), [], [], 0, 0)[0] for i in range(9) if finite[i])
+    good = rows[[0, 1, 6, 7]]
+    tops = [top_row(row, SamplingParams(temperature=0), 8) for row in good]
+    keys = np.array([[int(v.view(np.int32)) << 32 | (0x7FFFFFFF - int(i)) for v, i in zip(t.values, t.ids)] for t in tops])
+    stats = np.stack([good.max(1), np.exp(good - good.max(1, keepdims=True)).sum(1)], axis=1)
+    assert best_of(TopRows(keys, stats, lambda begin, end: good[begin:end])) == best_of(good)

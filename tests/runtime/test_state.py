@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inferloom.runtime.params import SamplingParams
-from inferloom.runtime.state import Group, Held, fill_tables, longest
+from inferloom.runtime.state import Group, Held, Tables, longest
 from tests.runtime.fake import VOCAB, finish, make_engine
 
 ALL, WINDOW, TWO, RECURRENT = Group(), Group(2, window=7), Group(2), Group(1, recurrent=True)
@@ -105,6 +105,6 @@ def test_longest_sequence_that_fits() -> None:
 def test_tables_of_a_step() -> None:
     held = [[Held([(1,), (2,)]), Held([None, (3, 4)]), Held([(5,)], next=(6,))],
             [Held([(7,)]), Held([(8, 9)]), Held([(10,)])]]
-    tables, pages = fill_tables((ALL, WINDOW, RECURRENT), held, 3)
+    tables, pages = Tables((ALL, WINDOW, RECURRENT), 3).of(held)
     assert tables.tolist() == [[[1, 2, 0], [7, 0, 0]], [[0, 3, 0], [8, 0, 0]], [[0, 4, 0], [9, 0, 0]]]
     assert pages.tolist() == [[[5, 6], [10, 10]]] and tables.dtype == pages.dtype == np.int32

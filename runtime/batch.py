@@ -1,0 +1,71 @@
+"""A step's arrays, made from what the scheduler chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inferloom.runtime.device.base import Int32, StepBatch
+from inferloom.runtime.request import Sequence
+from inferloom.runtime.scheduler import Limits, Work
+from inferloom.runtime.state import Tables
+
+_NONE = np.zeros((0, 0), np.int32)
+
+
+class Batches:
+    """Makes each step's `StepBatch`; it is good until the next one is made."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._size = limits, limits.block_tokens
+        self._tables = Tables(limits.groups, limits.blocks_per_seq)
+        self._numbers = np.arange(max(limits.tokens, limits.seqs) + 1, dtype=np.int32)
+
+    def of(self, work: Seq[Work]) -> StepBatch:
+        sequences, counts = [w.sequence for w in work], [w.count for w in work]
+        computed = [s.computed for s in sequences]
+        seqs, total = len(work), sum(counts)
+        tables, pages = self._tables.of([s.held for s in sequences])
+        if total == seqs:  # a token each
+            starts, owners = self._numbers[:seqs + 1], self._numbers[:seqs]
+            tokens, positions = np.array([[s.tokens[at] for s, at in zip(sequences, computed)], computed], np.int32)
+            begins, lens = positions, positions + 1
+        else:
+            begins, lens = np.array([computed, counts], np.int32)
+            starts = np.zeros(seqs + 1, np.int32)
+            np.cumsum(lens, out=starts[1:])
+            owners = np.repeat(self._numbers[:seqs], lens)
+            positions = self._numbers[:total] + (begins - starts[:-1])[owners]
+            lens += begins
+            parts = (s.tokens[at:at + n] for s, at, n in zip(sequences, computed, counts))
+            tokens = np.fromiter(chain.from_iterable(parts), np.int32, total)
+        index, offset = divmod(positions, self._size)
+        count, _, width = tables.shape
+        blocks = tables.reshape(count, seqs * width).take(owners * width + index, axis=1)
+        return StepBatch(tokens, positions, blocks * self._size + offset, starts, lens, tables,
+                         self._rows(work, starts), pages, _sharpness(work), self._facts(sequences, begins, lens),
+                         made=True)
+
+    def _rows(self, work: Seq[Work], starts: Int32) -> Int32:
+        """The tokens whose logits are wanted."""
+        if not any([w.scored for w in work]):
+            ends, samples = starts[1:] - 1, [w.samples for w in work]
+            return ends if all(samples) else ends[samples]
+        parts = []
+        for w, start in zip(work, starts.tolist()):
+            parts += [start + at - w.sequence.computed for at in w.scored] + [start + w.count - 1] * w.samples
+        return np.array(parts, np.int32)
+
+    def _facts(self, sequences: Seq[Sequence], begins: Int32, ends: Int32) -> Int32:
+        parts = [s.facts.of(s.tokens, int(begin), int(end))
+                 for s, begin, end in zip(sequences, begins, ends) if s.facts is not None]
+        return np.concatenate(parts, axis=1) if parts else _NONE
+
+
+def _sharpness(work: Seq[Work]) -> NDArray[np.float32] | None:
+    """1 / temperature of each row; None where it is 1 for all."""
+    hot = [sharpness for w in work for sharpness in [w.sequence.request.sharpness] * (len(w.scored) + w.samples)]
+    return None if hot.count(1.0) == len(hot) else np.array(hot, np.float32)
