@@ -86,7 +86,8 @@ class _Cpu:
         self.tables = np.random.default_rng(3).permutation(tables * count * columns).reshape(tables, count, columns)
 
     def step(self, ids: Sequence[np.ndarray], pieces: Sequence[Piece], tables: np.ndarray) -> np.ndarray:
-        return np.array(self.device.step(StepBatch(**step_arrays(ids, pieces, tables, self.device.manifest.dims.facts))))
+        arrays: dict[str, Any] = step_arrays(ids, pieces, tables, self.device.manifest.dims.facts)
+        return np.array(self.device.step(StepBatch(**arrays)))
 
     def poison(self, blocks: Sequence[int]) -> Callable[[], None]:
         held = {b: self.device.read_block(b) for b in blocks}
