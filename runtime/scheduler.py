@@ -79,7 +79,7 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step; empty when nothing can run. `copies` are the blocks (from, to) to copy before it."""
-        budget, work, started = self.limits.tokens, list[Work](), len(self.running)
+        budget, work, in_order = self.limits.tokens, list[Work](), True
         self.copies = []
         # A prompt's chunk leaves room for the one token of each sequence behind it, so that none stands still.
         decoding = sum([len(s.tokens) - s.computed == 1 for s in self.running])
@@ -102,11 +102,11 @@ class Scheduler:
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
-            sequence.running = True
+            sequence.running, in_order = True, False
             count = self._cut(sequence, min(len(sequence.tokens) - sequence.computed, budget))
             work.append(self._work(sequence, count))
             budget -= count
-        if len(self.running) > started:
+        if not in_order:
             self.running.sort(key=self._rank)
         return work
 
