@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
 from inferloom.compiler.plan import Placement, Plan, Rows, align, plan_memory, tensor_bytes
 from inferloom.compiler.plugins import Plugin
+from inferloom.compiler.quantization.recipe import Recipe, recipe
+from inferloom.compiler.quantization.scheme import Scheme
 from inferloom.compiler.report import Report
 from inferloom.compiler.state import Place
 from inferloom.compiler.weights import weight_buffers
@@ -41,7 +44,8 @@ from inferloom.targets.select import target_for
 Progress = Callable[[str], None]
 DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
 WEIGHTS_FILE = "weights/model.safetensors"
-_STORED = {DType.F32: ("F32", 4), DType.F16: ("F16", 2), DType.BF16: ("BF16", 2), DType.I32: ("I32", 4)}
+_STORED = {DType.F32: ("F32", 4), DType.F16: ("F16", 2), DType.BF16: ("BF16", 2), DType.I32: ("I32", 4),
+           DType.I8: ("I8", 1), DType.U8: ("U8", 1)}
 _TOOLS = ("torch", "transformers")
 
 
@@ -59,12 +63,19 @@ class BuildOptions:
     block_tokens: int = 32
     batch_invariant: bool = False
     plugins: tuple[Plugin, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
 
     def check(self, target: Target) -> None:
-        """UnsupportedError on a dtype that the target lacks or a limit that makes no sense."""
+        """UnsupportedError on a dtype or a quantisation that the target lacks, or a limit that makes no sense."""
         if self.dtype not in target.lowering.dtypes:
             raise UnsupportedError(f"dtype {self.dtype!r} is not supported for {target.chip.name}; choose from: "
                                    f"{', '.join(target.lowering.dtypes)}")
+        for scheme in self.recipe.schemes:
+            if (scheme.format, scheme.activations) not in target.lowering.quantized:
+                raise UnsupportedError(f"quantisation {scheme.name} is not supported for {target.chip.name}" + (
+                    "; it has kernels for " + ", ".join(f"{w} weights with {a} activations" for w, a in
+                                                       sorted(target.lowering.quantized)) if target.lowering.quantized
+                    else ": compile without it"))
         if self.block_tokens < 16 or self.block_tokens % 16:
             raise UnsupportedError(f"block_tokens={self.block_tokens} must be a positive multiple of 16")
         for name in ("max_tokens", "max_seqs"):
@@ -89,15 +100,18 @@ class Compiled:
 def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dtype: str = "bf16",
                   max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64,
                   block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
+                  quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
                   progress: Progress | None = None) -> Path:
     """Compile a checkpoint directory, an ONNX file (or a `TracedModel`) for a chip into the artifact directory `out`.
 
-    `passes` are files or names as compiler/plugins.py knows them.
+    `passes` are files or names as compiler/plugins.py knows them; `quant` and its like are those of
+    compiler/quantization/recipe.py.
     An artifact that stands there is replaced, and nothing of it is left half written. Raises UnsupportedError
     for a model, chip or option that cannot be compiled.
     """
     say = progress or (lambda message: None)
-    options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes))
+    options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes),
+                           recipe(quant, quant_head, quant_embedding))
     target = target_for(find(chip), batch_invariant)
     options.check(target)
     say("tracing the model")
@@ -137,9 +151,13 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     say("running passes")
     wanted = target.lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
+    stored = {} if model.quantized is None else {
+        source: scheme for source, scheme in model.quantized.schemes.items()
+        if (scheme.format, scheme.activations) in wanted.quantized}
     graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, wanted.prologue,
                                        options.block_tokens, options.max_tokens, options.max_seqs, blocks,
-                                       options.plugins, wanted.inputs.get(DTYPES[options.dtype])), report, dump)
+                                       options.plugins, wanted.inputs.get(DTYPES[options.dtype]),
+                                       replace(options.recipe, stored=stored)), report, dump)
     plan = plan_memory(graph, Rows(wanted.row_align, wanted.avoid))
     selection = select_kernels(plan)
     say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({target.chip.name})")
@@ -178,7 +196,7 @@ def _write_weights(path: Path, model: TracedModel, compiled: Compiled) -> int:
         shape = [int(str(d)) for d in value.type.shape] if value.type.max_size == size else [size]
         entries.append((f"{number:05d}.{_weight_name(compiled.graph, value, sources)}", name, shape))
     safetensors.write(path, entries, weight_buffers(compiled.graph, compiled.plan.weights, model.weights.load,
-                                                    tensor_bytes))
+                                                    tensor_bytes, model.quantized.get if model.quantized else None))
     return safetensors.read_header(path).data_offset
 
 
@@ -228,9 +246,24 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
                         plan.bytes_per_block),
         output=m.Output("logits", logits.offset, logits.ld, model.vocab_size, top), kernels=kernels, plan=tuple(calls),
         weights=m.WeightsInfo(WEIGHTS_FILE, data_offset, plan.weight_bytes),
-        numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype]),
+        numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype]), **_quantization(compiled.graph),
                   **({"passes": ", ".join(f"{p.name} {p.digest}" for p in options.plugins)} if options.plugins else {})},
         files={})
+
+
+def _quantization(graph: Graph) -> dict[str, dict[str, int]]:
+    """How many weights of an artifact are in which scheme, for the manifest."""
+    counts: Counter[str] = Counter()
+    for kernel in graph.nodes:
+        body = kernel.attrs.get("body")
+        for node in body.nodes if isinstance(body, Graph) else ():
+            attrs, place = node.attrs, {"packed_quantized_linear": 5, "quantized_embedding": 3}.get(node.op)
+            if place is not None:
+                symmetric = len(node.operands) <= place or node.operands[place] is None
+                integers = node.op == "packed_quantized_linear" and node.operands[1] is not None
+                scheme = Scheme(attrs["format"], attrs["group"], symmetric, "int8" if integers else "none")  # type: ignore[arg-type]
+                counts[scheme.name] += 1
+    return {"quantized_weights": dict(sorted(counts.items()))} if counts else {}
 
 
 def _layer(value: Value, place: Place, first: int) -> m.StateLayer:

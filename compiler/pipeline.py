@@ -19,11 +19,13 @@ from inferloom.compiler.passes import (
     merge_linear,
     pack_weights,
     page_state,
+    quantize,
     recognize_activation,
     recognize_norm,
     recognize_rotary,
 )
 from inferloom.compiler.plugins import Plugin
+from inferloom.compiler.quantization.recipe import Recipe
 from inferloom.compiler.report import Report
 from inferloom.ir.errors import InferloomError
 from inferloom.ir.graph import Graph
@@ -47,6 +49,7 @@ class Options:
     blocks_per_seq: int
     plugins: tuple[Plugin, ...] = ()
     inputs: DType | None = None
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ def steps(options: Options) -> tuple[Step, ...]:
         Step("absorb-latent", latent.run, "model", "looks for the linear that makes keys and values, and nothing else"),
         Step("lower-attention", partial(lower_attention.run, more=variants), "model",
              "variants read the attributes of the traced node"),
+        Step("quantize", partial(quantize.run, recipe=options.recipe), "model",
+             "after all patterns, which know linear alone; before precision, which casts what stays linear"),
         Step("lower-precision", partial(lower_precision.run, dtype=options.dtype, inputs=options.inputs), "model",
              "after all patterns, which know nothing of casts"),
         Step("page-state", page, "serving", "makes state explicit"),

@@ -13,22 +13,29 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from inferloom.compiler.quantization.rows import RowQuantizer, StoredReader
+from inferloom.compiler.quantization.scheme import Scheme
 from inferloom.ir import op as ops
 from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.types import DType, TensorType
 
-_MOVES = frozenset({"reshape", "permute", "slice", "concat", "expand", "pack_linear", "interleave"})
+_MOVES = frozenset({"reshape", "permute", "slice", "concat", "expand", "pack_linear", "interleave", "pack_quantized"})
 _STORED: dict[DType, Any] = {DType.F32: np.float32, DType.BF16: ml_dtypes.bfloat16, DType.F16: np.float16,
-                             DType.I32: np.int32}
+                             DType.I32: np.int32, DType.I8: np.int8, DType.U8: np.uint8}
 
 
 class ConstantFolder:
-    """Evaluates constant values of `graph`; `read(source)` gives a checkpoint tensor in its stored type."""
+    """Evaluates constant values of `graph`; `read(source)` gives a checkpoint tensor in its stored type.
 
-    def __init__(self, graph: Graph, read: Callable[[str], np.ndarray]) -> None:
+    `stored(source)` gives one that is stored quantised, None for others; only `quantize_weight` asks for it.
+    """
+
+    def __init__(self, graph: Graph, read: Callable[[str], np.ndarray], stored: StoredReader | None = None) -> None:
         self._read = read
         self._sources = {p.value: p.source for p in graph.params}
         self._producers: dict[Value, Node] = graph.producers()
+        self._rows = RowQuantizer(self._producers, self._sources, self._get, stored)
+        self._last: tuple[Node, tuple[np.ndarray, ...]] | None = None
 
     def evaluate(self, value: Value) -> np.ndarray:
         """The value in its own element type, C-contiguous. Intermediate arrays are dropped as soon as possible."""
@@ -41,6 +48,8 @@ class ConstantFolder:
         if value in self._sources:
             return self._read(self._sources[value])
         node = self._producers[value]
+        if node.op == "quantize_weight":
+            return self._quantized(node)[node.results.index(value)]
         arrays = [None if v is None else self._get(v) for v in node.operands]
         if node.op == "cast":
             (array,) = arrays
@@ -57,6 +66,16 @@ class ConstantFolder:
         wide = [a if a is None or a.dtype.kind in "iub" else a.astype(np.float32) for a in arrays]
         return ops.run_reference(node.op, wide, node.attrs)[node.results.index(value)]
 
+    def _quantized(self, node: Node) -> tuple[np.ndarray, ...]:
+        """Values and scales of a weight. They are asked for one after the other: the last weight's are kept."""
+        if self._last is None or self._last[0] is not node:
+            attrs, (weight,) = node.attrs, node.operands
+            scheme = Scheme(str(attrs["format"]), int(str(attrs["group"])), bool(attrs["symmetric"]), "none")  # type: ignore[arg-type]
+            made = self._rows.get(weight, scheme)  # type: ignore[arg-type]
+            arrays = (made.values, made.scales, made.offsets)
+            self._last = node, tuple(a for a in arrays if a is not None)
+        return self._last[1]
+
 
 def _movable(array: np.ndarray) -> np.ndarray:
     """NumPy moves uint16 much faster than bfloat16."""
@@ -64,9 +83,10 @@ def _movable(array: np.ndarray) -> np.ndarray:
 
 
 def weight_buffers(graph: Graph, values: Iterable[Value], read: Callable[[str], np.ndarray],
-                   padded: Callable[[TensorType], int]) -> Iterator[bytes | memoryview]:
-    """The bytes of each weight in order, padded with zeros to `padded(type)`."""
-    folder = ConstantFolder(graph, read)
+                   padded: Callable[[TensorType], int],
+                   stored: StoredReader | None = None) -> Iterator[bytes | memoryview]:
+    """The bytes of each weight in order, padded with zeros to `padded(type)`; see `ConstantFolder`."""
+    folder = ConstantFolder(graph, read, stored)
     for value in values:
         array = folder.evaluate(value)
         data = memoryview(array.reshape(-1).view(np.uint8))

@@ -23,6 +23,7 @@ from inferloom.errors import UsageError
 def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str | os.PathLike[str] | None = None, *,
             max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
             max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
+            quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
             force: bool = False, progress: Progress | None = None) -> Path:
     """Compile a checkpoint folder, a GGUF or ONNX file or a module into an artifact; returns the artifact's folder.
 
@@ -31,13 +32,15 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
     `vocab_size`, `max_model_len` and `out`. `chip` is a name from `inferloom chips` (`cpu`: this machine), `dtype` is `fp32`,
     `bf16` or, for a GPU, `fp16`. With `batch_invariant` a GPU gives a sequence the same bits in any batch, as CPUs
     always do. `passes` are files with passes of your own, or names that installed packages offer under the entry point
-    `inferloom.passes`; they run in this process.
+    `inferloom.passes`; they run in this process. `quant` stores the weights of linear layers in few bits: int8, int4,
+    int4-g128 and so on (docs/quantization.md); LM head and embedding follow, unless `quant_head` and `quant_embedding` give
+    a name of their own or "none".
     Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
     is replaced only if `force`, and only once the new one is complete. `progress` is called with a line of text for
     each stage. Raises `UsageError`, `MissingExtraError`, or `UnsupportedError` for what cannot be compiled.
     """
     options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant,
-                             tuple(passes))
+                             tuple(passes), quant, quant_head, quant_embedding)
     from_path = isinstance(model_or_path, str | os.PathLike)
     if from_path:
         model_or_path = Path(model_or_path).expanduser()

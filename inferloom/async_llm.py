@@ -15,5 +15,7 @@ class AsyncLLM(_AsyncLLM):
     """`LLM` for asyncio: `async for output in llm.generate(prompt, params)`. Takes what `LLM` takes."""
 
     def __init__(self, model: str | os.PathLike[str], *, chip: str = "cpu", dtype: str = "bf16",
-                 max_model_len: int | None = None, progress: Progress | None = None, **options: Any) -> None:
-        super().__init__(resolve(model, CompileOptions(chip, dtype, max_model_len), progress), **options)
+                 max_model_len: int | None = None, quant: str | None = None, progress: Progress | None = None,
+                 **options: Any) -> None:
+        made = resolve(model, CompileOptions(chip, dtype, max_model_len, quant=quant), progress)
+        super().__init__(made, **options)

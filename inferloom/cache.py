@@ -41,6 +41,9 @@ class CompileOptions:
     block_tokens: int = 32
     batch_invariant: bool = False
     passes: tuple[str, ...] = ()
+    quant: str | None = None
+    quant_head: str | None = None
+    quant_embedding: str | None = None
 
 
 def is_artifact(path: Path) -> bool:
@@ -114,7 +117,7 @@ def compile_cached(checkpoint: Path, options: CompileOptions, progress: Progress
     require_compiler(f"compiling {checkpoint}")
     require_front_end(checkpoint)
     key = content_key(checkpoint, options)
-    out = cache_dir() / "artifacts" / f"{checkpoint.resolve().name}-{options.dtype}-{key[:16]}"
+    out = cache_dir() / "artifacts" / f"{checkpoint.resolve().name}-{options.quant or options.dtype}-{key[:16]}"
     with _lock(out.with_suffix(".lock"), report):
         if not is_artifact(out):
             report(f"compiling {checkpoint} once, into {out}")

@@ -15,15 +15,17 @@ __all__ = ["LLM", "SamplingParams", "load"]
 class LLM(_LLM):
     """A model that answers prompts. `model` is an artifact, or a checkpoint.
 
-    A checkpoint is compiled on first use into the cache (for `chip`, in `dtype`, for at most `max_model_len`
-    tokens), which needs the `compile` extra; `progress` then gets a line of text for each stage. All other options
-    are the runtime's: `memory_bytes`, `threads`, `gpu`, `max_num_seqs`, `max_num_batched_tokens`,
+    A checkpoint is compiled on first use into the cache (for `chip`, in `dtype`, with weights quantised as `quant` says,
+    for at most `max_model_len` tokens), which needs the `compile` extra; `progress` then gets a line of text for each
+    stage. All other options are the runtime's: `memory_bytes`, `threads`, `gpu`, `max_num_seqs`, `max_num_batched_tokens`,
     `enable_prefix_caching`, `seed`.
     """
 
     def __init__(self, model: str | os.PathLike[str], *, chip: str = "cpu", dtype: str = "bf16",
-                 max_model_len: int | None = None, progress: Progress | None = None, **options: Any) -> None:
-        super().__init__(resolve(model, CompileOptions(chip, dtype, max_model_len), progress), **options)
+                 max_model_len: int | None = None, quant: str | None = None, progress: Progress | None = None,
+                 **options: Any) -> None:
+        made = resolve(model, CompileOptions(chip, dtype, max_model_len, quant=quant), progress)
+        super().__init__(made, **options)
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> LLM:

@@ -13,7 +13,7 @@ from typing import Any
 from inferloom.ir import op as ops
 from inferloom.ir.types import STATES, DType, RecurrentType, StateType, TensorType
 
-_FAMILIES = {"pointwise": "Pointwise", "shape": "Data movement and reductions", "nn": "Layers",
+_FAMILIES = {"pointwise": "Pointwise", "shape": "Data movement and reductions", "nn": "Layers", "quant": "Quantised layers",
              "attention": "Attention and state", "data": "Packing", "kernel": "Kernels"}
 
 

@@ -23,6 +23,8 @@ class Lowering:
     `gate_columns`. Matmuls by weights of a type in `inputs` read activations of that one; others, of the weight's own.
     With `prologue`, matmuls gather their rows themselves. Rows of activations start at multiples of
     `row_align` bytes, and not a multiple of `avoid` bytes apart (0: any).
+    `quantized` are the formats of weights, each with one of activations, that there are kernels for (names of
+    compiler/quantization/scheme.py).
     """
 
     dtypes: tuple[str, ...]
@@ -34,6 +36,7 @@ class Lowering:
     row_align: int
     avoid: int
     inputs: Mapping[DType, DType] = field(default_factory=dict)
+    quantized: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

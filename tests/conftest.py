@@ -84,10 +84,10 @@ def demo_checkpoint() -> Path:
     return DEMO
 
 
-def _compiled_demo(dtype: str) -> Path:
+def _compiled_demo(dtype: str, quant: str | None = None) -> Path:
     from inferloom.cache import CompileOptions, compile_cached
 
-    return compile_cached(DEMO, CompileOptions(dtype=dtype))
+    return compile_cached(DEMO, CompileOptions(dtype=dtype, quant=quant))
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +100,15 @@ def demo_fp32() -> Path:
 def demo_bf16() -> Path:
     """The demo model compiled for this CPU in bf16; shared between test processes through the cache."""
     return _compiled_demo("bf16")
+
+
+@pytest.fixture(scope="session")
+def demo_int8() -> Path:
+    """The demo model compiled for this CPU with weights and activations of 8 bits."""
+    return _compiled_demo("bf16", "int8")
+
+
+@pytest.fixture(scope="session")
+def demo_int4() -> Path:
+    """The demo model compiled for this CPU with weights of 4 bits."""
+    return _compiled_demo("bf16", "int4")

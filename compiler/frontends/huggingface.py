@@ -30,6 +30,7 @@ from inferloom.compiler.frontends.weights import (
     read_checkpoint,
     resolve,
 )
+from inferloom.compiler.quantization.rows import StoredWeights
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph
 from inferloom.ir.types import Sym
@@ -44,7 +45,8 @@ class TracedModel:
     """What a front end hands to the compiler.
 
     `weights` loads every source of `graph.params`; `max_model_len` is in tokens; `tokenizer_files` maps file
-    names to paths; `notes` say what a user should know (fallbacks, choices made while tracing).
+    names to paths; `notes` say what a user should know (fallbacks, choices made while tracing). `quantized` are the
+    weights that are stored quantised; `weights` gives them, too, as the floats that they stand for.
     """
 
     graph: Graph
@@ -57,6 +59,7 @@ class TracedModel:
     bos_token_id: int | None
     tokenizer_files: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
+    quantized: StoredWeights | None = None
 
 
 def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> TracedModel:

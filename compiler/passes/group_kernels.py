@@ -22,7 +22,8 @@ from inferloom.ir.ops.recurrent import PAGED, STATE_OF
 from inferloom.ir.types import STATES, DType, TensorType
 
 NAME = "group-kernels"
-ANCHORS = {"packed_linear": "matmul", "packed_expert_linear": "experts", "paged_attention": "attention",
+ANCHORS = {"packed_linear": "matmul", "packed_quantized_linear": "matmul", "packed_expert_linear": "experts",
+           "paged_attention": "attention",
            "block_means": "blocks", "block_scores": "blocks",
            **dict.fromkeys((PAGED + name for name in STATE_OF), "scan")}
 _VIEWS = ("reshape", "cast")

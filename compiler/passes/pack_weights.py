@@ -3,7 +3,8 @@
 Before: `%y = linear %x, %w, %b`
 After:  `%p = pack_linear %w {tile=64, pair=2, k_multiple=32}; %y = packed_linear %x, %p, %b {n=.., k=..}`
 
-`expert_linear` likewise becomes `packed_expert_linear` over `pack_experts`.
+`expert_linear` likewise becomes `packed_expert_linear` over `pack_experts`, and `quantized_linear` becomes
+`packed_quantized_linear` over `pack_quantized` and, where scales are those of groups, `pack_scales`.
 
 An embedding whose table is also such a weight (tied embeddings) reads the packed copy, so that it is stored once.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from inferloom.compiler.report import Report
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
+from inferloom.ir.op import Attr
 from inferloom.ir.types import DType, TensorType
 
 NAME = "pack-weights"
@@ -31,6 +33,7 @@ class Packing:
 
 def run(graph: Graph, report: Report, *, packing: Packing) -> Graph:
     tied = {n.operands[1] for n in graph.nodes if n.op == "linear"}
+    tied |= {n.operands[3] for n in graph.nodes if n.op == "quantized_linear"}
     packed: dict[Value, Value] = {}
 
     def pack(builder: Builder, weight: Value) -> tuple[Value, dict[str, int]]:
@@ -41,6 +44,19 @@ def run(graph: Graph, report: Report, *, packing: Packing) -> Graph:
                                           pair=packing.pair[weight.type.dtype], k_multiple=packing.k_multiple)
         n, k = (int(str(d)) for d in weight.type.shape)
         return packed[weight], {"n": n, "k": k}
+
+    def pack_quantized(builder: Builder, node: Node, values: Value | None, scales: Value | None,
+                       offsets: Value | None) -> tuple[tuple[Value | None, ...], dict[str, Attr]]:
+        values, grouped = _value(values), bool(node.attrs["group"])
+        if values not in packed:
+            packed[values] = builder.emit("pack_quantized", values, format=node.attrs["format"], tile=packing.tile,
+                                          k_multiple=packing.k_multiple)
+        for scale in (scales, offsets):
+            if scale is not None and scale not in packed:
+                packed[scale] = builder.emit("pack_scales", scale, tile=packing.tile) if grouped else scale
+        n, k = (int(str(d)) for d in values.type.shape)  # type: ignore[union-attr]
+        arrays = (packed[values], packed[_value(scales)], None if offsets is None else packed[offsets])
+        return arrays, {"n": n, "k": k, "format": node.attrs["format"], "group": node.attrs["group"]}
 
     def visit(builder: Builder, node: Node, operands: tuple[Value | None, ...]) -> Sequence[Value] | None:
         if node.op == "linear":
@@ -57,6 +73,14 @@ def run(graph: Graph, report: Report, *, packing: Packing) -> Graph:
             _, n, k = (int(str(d)) for d in weight.type.shape)  # type: ignore[union-attr]
             n, k = (k, n) if transposed else (n, k)
             return builder.emit_node("packed_expert_linear", (x, packed[weight], *rest), {"n": n, "k": k}, node.loc).results
+        if node.op == "quantized_linear":
+            every = (*operands, None, None)[:7]
+            arrays, how = pack_quantized(builder, node, *every[3:6])
+            return builder.emit_node("packed_quantized_linear", (*every[:3], *arrays, every[6]), how, node.loc).results
+        if node.op == "quantized_embedding" and node.operands[1] in tied:
+            arrays, how = pack_quantized(builder, node, *(*operands[1:], None)[:3])
+            report.fused("embedding reads the tied output projection's packed weight", node.loc)
+            return builder.emit_node("packed_quantized_embedding", (operands[0], *arrays), how, node.loc).results
         if node.op == "embedding" and node.operands[1] in tied:
             value, dims = pack(builder, _value(operands[1]))
             report.fused("embedding reads the tied output projection's packed weight", node.loc)

@@ -10,16 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from inferloom.compiler.quantization.scheme import Scheme
+from inferloom.ir import quantized
 from inferloom.ir.errors import UnsupportedError
-
-FP8 = ml_dtypes.float8_e4m3fn
-#: The values that a symmetric weight takes, in absolute terms, and the range that integers may have.
-_LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-RANGE = {"int8": (-128, 127), "int4": (-8, 7)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,47 +53,20 @@ class QuantizedTensor:
 
     def dequantize(self) -> np.ndarray:
         """The weight that this stands for, f32 [n, k]."""
-        n, k = self.shape
-        values = self.values.view(FP8) if self.scheme.format == "fp8" else self.values
-        weight = values.astype(np.float32).reshape(n, self.scales.shape[1], -1) * self.scales[:, :, None]
-        if self.offsets is not None:
-            weight += self.offsets[:, :, None]
-        return weight.reshape(n, k)
+        return quantized.dequantize(self.values, self.scales, self.offsets, self.scheme.format)
 
-    def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Rows start..stop of the weight."""
-        part = slice(start, stop)
-        offsets = None if self.offsets is None else self.offsets[part]
-        return QuantizedTensor(self.values[part], self.scales[part], offsets, self.scheme)
+    def rows(self, which: slice | np.ndarray) -> QuantizedTensor:
+        """The rows of the weight that a slice, or an array of their numbers, picks."""
+        offsets = None if self.offsets is None else self.offsets[which]
+        return QuantizedTensor(self.values[which], self.scales[which], offsets, self.scheme)
 
 
 def quantize(weight: np.ndarray, scheme: Scheme) -> QuantizedTensor:
-    """Round f32 [n, k] to the nearest values, ties to even.
-
-    Symmetric: the scale is the largest absolute weight of a group over the largest value (127, 7 or 448). With
-    offsets: the smallest weight becomes the smallest value and the largest the largest. Scales and offsets of
-    groups are rounded to f16, in which they are stored, before values are chosen by them; those of channels are f32.
-    """
-    weight = np.ascontiguousarray(weight, np.float32)
+    """Round f32 [n, k] as ir/quantized.py says. UnsupportedError when the scheme's groups do not divide k."""
     if weight.ndim != 2:
         raise UnsupportedError(f"only weights [n, k] can be quantised, got {weight.shape}")
-    n, k = weight.shape
-    grouped = weight.reshape(n, scheme.groups(k), -1)
-    offsets = None
-    if scheme.symmetric:
-        scales = _stored(np.abs(grouped).max(axis=2) / np.float32(_LARGEST[scheme.format]), scheme)
-    else:
-        low, high = RANGE[scheme.format]
-        least = grouped.min(axis=2)
-        scales = _stored((grouped.max(axis=2) - least) / np.float32(high - low), scheme)
-        offsets = _stored(least - scales * np.float32(low), scheme)
-        grouped = grouped - offsets[:, :, None]
-    steps = grouped / np.where(scales == 0, np.float32(1), scales)[:, :, None]
-    if scheme.format == "fp8":
-        values = np.clip(steps, -448, 448).astype(FP8).view(np.int8)
-    else:
-        values = np.clip(np.rint(steps), *RANGE[scheme.format]).astype(np.int8)
-    return QuantizedTensor(values.reshape(n, k), scales, offsets, scheme)
+    scheme.groups(weight.shape[1])
+    return QuantizedTensor(*quantized.quantize_weight(weight, scheme.format, scheme.group, scheme.symmetric), scheme)
 
 
 def concat(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -111,8 +79,3 @@ def concat(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
     offsets = [p.offsets for p in parts if p.offsets is not None]
     return QuantizedTensor(np.concatenate([p.values for p in parts]), np.concatenate([p.scales for p in parts]),
                            np.concatenate(offsets) if offsets else None, first.scheme)
-
-
-def _stored(scales: np.ndarray, scheme: Scheme) -> np.ndarray:
-    """`scales` as f32 that the artifact can hold exactly."""
-    return scales.astype(np.float16).astype(np.float32) if scheme.group else scales.astype(np.float32)

@@ -12,7 +12,7 @@ import typer
 
 from inferloom.cache import CompileOptions, compile_cached, size_on_disk
 from inferloom.cli import options
-from inferloom.cli.console import emit, human_bytes, out, progress, set_json
+from inferloom.cli.console import emit, human_bytes, out, progress, quantized, set_json
 
 if TYPE_CHECKING:
     from inferloom.loss import Loss
@@ -31,6 +31,11 @@ def compile_(
     batch_invariant: Annotated[bool, typer.Option(
         "--batch-invariant", help="On a GPU: the same bits whatever else is in the batch. CPUs always do.")] = False,
     passes: options.Passes = None,
+    quant: options.Quant = None,
+    quant_head: Annotated[str | None, typer.Option("--quant-head", show_default=False, metavar="NAME|none",
+                                                   help="The LM head; as the other layers, in 8 bits at least.")] = None,
+    quant_embedding: Annotated[str | None, typer.Option("--quant-embedding", show_default=False, metavar="NAME|none",
+                                                        help="The embedding; likewise. A tied one goes with the head.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     report_loss: Annotated[bool, typer.Option(
         "--report-loss", help="Compile the checkpoint in fp32 too, let both predict a text, and say what is lost.")] = False,
@@ -47,7 +52,8 @@ def compile_(
     with progress(f"compiling {checkpoint}") as report:
         path = inferloom.api.compile(checkpoint, chip=chip, dtype=dtype, out=output, max_model_len=max_model_len,
                                      max_tokens=max_tokens, max_seqs=max_seqs, block_tokens=block_tokens,
-                                     batch_invariant=batch_invariant, passes=passes or (), force=force, progress=report)
+                                     batch_invariant=batch_invariant, passes=passes or (), quant=quant,
+                                     quant_head=quant_head, quant_embedding=quant_embedding, force=force, progress=report)
     seconds = time.perf_counter() - start
     loss = _loss(path, checkpoint, max_model_len, passes, loss_text) if report_loss or loss_text else None
     manifest = json.loads((path / "manifest.json").read_text())
@@ -58,7 +64,7 @@ def compile_(
               **({"loss": loss.to_json()} if loss is not None else {})})
     else:
         out.print(f"{path}: {manifest['model']['architecture']} for {manifest['chip']['name']}, "
-                  f"{manifest['model']['dtype']}, {len(manifest['kernels'])} kernels, {human_bytes(size)}, "
+                  f"{manifest['model']['dtype']}{quantized(manifest)}, {len(manifest['kernels'])} kernels, {human_bytes(size)}, "
                   f"{seconds:.1f} s")
         if loss is not None:
             out.print(f"loss: {loss}")

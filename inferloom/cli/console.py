@@ -80,5 +80,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def quantized(manifest: dict[str, Any]) -> str:
+    """What a manifest says of quantised weights: `, 28 weights in int4, 1 in int8`, or nothing."""
+    counts = manifest.get("numerics", {}).get("quantized_weights", {})
+    return "".join(f", {count} weight{'s' if count > 1 else ''} in {name}" for name, count in counts.items())
+
+
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")

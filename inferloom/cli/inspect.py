@@ -14,7 +14,7 @@ from rich.syntax import Syntax
 
 from inferloom.cache import resolve, size_on_disk
 from inferloom.cli import options
-from inferloom.cli.console import emit, err, human_bytes, out, progress, set_json, table
+from inferloom.cli.console import emit, err, human_bytes, out, progress, quantized, set_json, table
 from inferloom.errors import UsageError
 from inferloom.runtime.manifest import DIMS
 
@@ -100,8 +100,8 @@ def weights_in_memory(manifest: dict[str, Any]) -> int:
 def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> None:
     model, chip, dims = manifest["model"], manifest["chip"], manifest["dims"]
     out.print(f"[bold]{path}[/]  {human_bytes(size_on_disk(path))}")
-    out.print(f"model    {model['name']}: {model['architecture']}, {model['dtype']}, vocabulary {model['vocab_size']}, "
-              f"up to {model['max_model_len']} tokens")
+    out.print(f"model    {model['name']}: {model['architecture']}, {model['dtype']}{quantized(manifest)}, "
+              f"vocabulary {model['vocab_size']}, up to {model['max_model_len']} tokens")
     needs = f"{chip['driver']} device {chip['arch']}" if chip["arch"] else ", ".join(chip["features"]) or "nothing special"
     out.print(f"chip     {chip['name']}: {chip['triple']}, needs {needs}")
     out.print(f"step     up to {dims['tokens']} tokens, {dims['seqs']} sequences, {dims['rows']} logit rows")

@@ -33,6 +33,8 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint (config.json and 
 Chip = Annotated[str, typer.Option("--chip", help="Chip to compile for: see `inferloom chips`.",
                                    autocompletion=complete_chip)]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or (GPUs only) fp16.", autocompletion=complete_dtype)]
+Quant = Annotated[str | None, typer.Option("--quant", show_default=False, metavar="NAME",
+                                           help="Weights in few bits: int8, int4, int4-g128, int4-g128-asym, ...")]
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_default=False,
                                                  help="Longest sequence; the model's own limit if not given.")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", show_default=False, metavar="FILE|NAME",

@@ -1,3 +1,14 @@
 """All op declarations; importing this package declares them."""
 
-from inferloom.ir.ops import attention, data, experts, kernel, nn, pointwise, recurrent, shape, sparse  # noqa: F401
+from inferloom.ir.ops import (  # noqa: F401
+    attention,
+    data,
+    experts,
+    kernel,
+    nn,
+    pointwise,
+    quant,
+    recurrent,
+    shape,
+    sparse,
+)

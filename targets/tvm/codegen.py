@@ -13,7 +13,7 @@ from inferloom.runtime.manifest import kernels_file
 from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress, expert_counts
 from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared, link_wasm
-from inferloom.targets.tvm import attention, blocks, experts, matmul, rows, scan
+from inferloom.targets.tvm import attention, blocks, experts, matmul, quantized, rows, scan
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.toolchain import compile_object
 from inferloom.targets.tvm.vmath import Dialect, dialect
@@ -36,7 +36,7 @@ class CpuTarget:
     # products of bf16, activations are multiplied as the floats that they are.
     lowering = Lowering(dtypes=("fp32", "bf16"), weight_tile=64, weight_pair={DType.F32: 1, DType.BF16: 2},
                         weight_k_multiple=32, gate_columns=32, prologue=False, row_align=64, avoid=4096,
-                        inputs={DType.BF16: DType.F32})
+                        inputs={DType.BF16: DType.F32}, quantized=frozenset({("int8", "int8"), ("int4", "int8")}))
 
     def __init__(self, chip: CpuChip) -> None:
         self.chip = chip
@@ -60,7 +60,8 @@ class CpuTarget:
             if kind == "row":
                 fn, grid, args = rows.lower(source)
             elif kind == "matmul":
-                fn, grid, args = matmul.lower(source, isa)
+                template = quantized if quantized.lowers(source.node) else matmul
+                fn, grid, args = template.lower(source, isa)
             elif kind == "scan":
                 fn, grid, args = scan.lower(source)
             elif kind == "blocks":

@@ -9,6 +9,7 @@ from tvm.tirx.script import builder as T
 
 from inferloom.ir.errors import UnsupportedError
 from inferloom.targets.tvm.emit import LANES, f32, splat, typed
+from inferloom.targets.tvm.pairs import pair_products
 from inferloom.targets.tvm.vmath import fma
 
 Expr = Any
@@ -67,7 +68,11 @@ _I8_DOTS = {
     "vnni": _whole("inferloom_dot_quad", "llvm.x86.avx512.vpdpbusd.512", "<16 x i32>", "<64 x i8>"),
     "usdot": _quarters("inferloom_dot_quad", "llvm.aarch64.neon.usdot.v4i32.v16i8", "<4 x i32>", "<16 x i8>"),
     "sdot": _SDOT,
+    "avx2": pair_products(8, "llvm.x86.avx2.pmadd.wd", "llvm.x86.avx2.pmadd.ub.sw"),
+    "avx512bw": pair_products(16, "llvm.x86.avx512.pmaddw.d.512", "llvm.x86.avx512.pmaddubs.w.512"),
 }
+#: Those that add pairs instead of four: kernels that multiply much prepare their operands for these (integers.py).
+PAIR_DOTS = ("avx2", "avx512bw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +116,7 @@ class CpuIsa:
             flip = splat(T.int32(-0x7F7F7F80), lanes)
             made = T.call_pure_extern(kind, "inferloom_dot_quad_signed", acc, T.bitwise_xor(u, flip), s)
             return made - T.call_pure_extern(kind, "inferloom_dot_quad_signed", splat(T.int32(0), lanes), flip, s)
-        if self.i8_dot and lanes == LANES:
+        if self.i8_dot not in ("", *PAIR_DOTS) and lanes == LANES:
             return T.call_pure_extern(kind, "inferloom_dot_quad", acc, u, s)
         for i in range(4):
             left, right = splat(T.int32(24 - 8 * i), lanes), splat(T.int32(24), lanes)

@@ -37,14 +37,14 @@ def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str
     body = source.node.attrs["body"]
     if not isinstance(body, Graph):
         raise TypeError(body)
-    made = _Matmul(body, source, isa)
+    made = Matmul(body, source, isa)
     fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
     grid = Grid(-1, 1, made.tiles)
     return fn, grid, tuple(a for a, _ in made.signature)
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class Column:
     """An epilogue value: `load(row, (column within the tile, column of the output), lanes)`.
 
     `half` values have 32 columns a tile: they come from one of two interleaved weights.
@@ -52,6 +52,18 @@ class _Column:
 
     load: Callable[[Expr, tuple[Expr, Expr], int], Expr]
     half: bool = False
+
+
+def for_blocks(rows: Expr, most: int, emit: Callable[[Expr, int, Expr, Expr], None]) -> None:
+    """Cut `rows` into blocks of at most `most`, as even as can be: `emit(first row, rows, number, blocks)` for each."""
+    many = opaque(T.max(T.int32(1), (rows + (most - 1)) // most))
+    least, larger = opaque(rows // many), opaque(rows % many)  # rows of a block, blocks that have one more
+    for count in range(1, most + 1):
+        more = T.EQ(least, count - 1)
+        here = opaque(T.Select(more, larger, T.Select(T.EQ(least, count), many - larger, T.int32(0))))
+        before = opaque(T.Select(more, T.int32(0), larger))
+        with T.serial(0, here) as b:
+            emit(opaque(before * (count + 1) + b * count), count, opaque(before + b), many)
 
 
 class Blocks:
@@ -86,16 +98,8 @@ class Blocks:
         `place(row, count)`: where `count` rows of x begin. Weights `ahead` steps further are prefetched (0: none), by
         each block its part, so that memory is read all the time.
         """
-        most = self.most
-        many = opaque(T.max(T.int32(1), (rows + (most - 1)) // most))
-        least, larger = opaque(rows // many), opaque(rows % many)  # rows of a block, blocks that have one more
-        for count in range(1, most + 1):
-            more = T.EQ(least, count - 1)
-            here = opaque(T.Select(more, larger, T.Select(T.EQ(least, count), many - larger, T.int32(0))))
-            before = opaque(T.Select(more, T.int32(0), larger))
-            with T.serial(0, here) as b:
-                first = opaque(before * (count + 1) + b * count)
-                self._block(x, w, panel, weights, place(first, count), first, begin, steps, ahead, opaque(before + b), many)
+        for_blocks(rows, self.most, lambda row, count, nth, of: self._block(
+            x, w, panel, weights, place(row, count), row, begin, steps, ahead, nth, of))
 
     def _block(self, x: Expr, w: Expr, panel: Expr, weights: Expr, xs: list[Expr], row: Expr, begin: Expr, steps: Expr,
                ahead: int, nth: Expr, of: Expr) -> None:
@@ -155,7 +159,7 @@ class Blocks:
         return vmath.fma(x, w, acc, LANES) if self.wide else self.isa.dot_pair(acc, x, w)
 
 
-class _Matmul(Blocks):
+class Matmul(Blocks):
     def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
         self.body, self.layouts, self.isa = body, source.layouts, isa
         (self.node,) = (n for n in body.nodes if n.op == "packed_linear")
@@ -205,7 +209,7 @@ class _Matmul(Blocks):
     # -- epilogue
 
     def _epilogue(self, views: list[Expr], panel: Expr, tile: Expr, r: Expr, row: Expr) -> None:
-        env: dict[Value, _Column] = {}
+        env: dict[Value, Column] = {}
         for i, value in enumerate(self.body.inputs):
             if i not in (self.x, self.packed):
                 env[value] = self._operand(value, views[i], self.layouts[i].ld, tile)
@@ -224,16 +228,16 @@ class _Matmul(Blocks):
             column = env[value]
             self._store(value, column, views[i], self.layouts[i].ld, tile, row, 2 if column.half else 1)
 
-    def _sums(self, panel: Expr, env: dict[Value, _Column], r: Expr) -> _Column:
+    def _sums(self, panel: Expr, env: dict[Value, Column], r: Expr) -> Column:
         bias = env[self.bias[0]] if self.bias and self.bias[0] is not None else None
 
         def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
             y = panel[lane_of(r * TILE + column[0], lanes)]
             return bind(y if bias is None else y + bias.load(row, column, lanes))
 
-        return _Column(load)
+        return Column(load)
 
-    def _half(self, x: _Column, which: int, tile: Expr) -> _Column:
+    def _half(self, x: Column, which: int, tile: Expr) -> Column:
         """Columns of one half: groups of 32 within the tile. What x reads by column has both halves."""
 
         def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
@@ -241,9 +245,9 @@ class _Matmul(Blocks):
             full = inside + which * (TILE // 2)
             return x.load(row, (full, tile * TILE + full), lanes)
 
-        return _Column(load, half=True)
+        return Column(load, half=True)
 
-    def _operand(self, value: Value, view: Expr, ld: int, tile: Expr) -> _Column:
+    def _operand(self, value: Value, view: Expr, ld: int, tile: Expr) -> Column:
         shape = value.type.shape if isinstance(value.type, TensorType) else ()
         has_rows = bool(shape) and not isinstance(shape[0], int)
         narrow = isinstance(value.type, TensorType) and value.type.dtype is DType.BF16
@@ -257,17 +261,17 @@ class _Matmul(Blocks):
                 raw = view[lane_of(absolute + (row * ld if has_rows else 0), lanes)]
             return vmath.bf16_to_f32(raw, lanes) if narrow else raw
 
-        return _Column(load)
+        return Column(load)
 
-    def _pointwise(self, node: Node, env: dict[Value, _Column]) -> _Column:
+    def _pointwise(self, node: Node, env: dict[Value, Column]) -> Column:
         operands = [env[_value(v)] for v in node.operands]
 
         def load(row: Expr, column: tuple[Expr, Expr], lanes: int) -> Expr:
             return pointwise.emit(node, [o.load(row, column, lanes) for o in operands], lanes)
 
-        return _Column(load, half=any(o.half for o in operands))
+        return Column(load, half=any(o.half for o in operands))
 
-    def _store(self, value: Value, source: _Column, view: Expr, ld: int, tile: Expr, row: Expr, parts: int) -> None:
+    def _store(self, value: Value, source: Column, view: Expr, ld: int, tile: Expr, row: Expr, parts: int) -> None:
         if not isinstance(value.type, TensorType):
             raise TypeError(value)
         width, total = TILE // parts, self.n // parts

@@ -18,8 +18,8 @@ from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Node, Value
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
-from inferloom.targets.tvm import pointwise, vmath
-from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, scratch, splat, store, vectors, wide
+from inferloom.targets.tvm import pointwise, quant, vmath
+from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, scratch, splat, store, typed, vectors, wide
 from inferloom.targets.tvm.rowvalue import (
     RowValue,
     broadcast_load,
@@ -37,7 +37,8 @@ from inferloom.targets.tvm.rowvalue import (
 Expr = Any
 ROWS_PER_CHUNK = 4
 #: Ops that read an operand more than once.
-_REREADS = frozenset({"rms_norm", "layer_norm", "sum", "mean", "max", "rotary", "kv_write", "topk", "take"})
+_REREADS = frozenset({"rms_norm", "layer_norm", "sum", "mean", "max", "rotary", "kv_write", "topk", "take",
+                       "quantize_rows"})
 
 
 def row_dim(types: Sequence[object]) -> int:
@@ -65,7 +66,7 @@ def storage(value: Value) -> str:
 
 def computed(value: Value) -> str:
     """TIR element type that a value has while it is computed with: bf16 is widened."""
-    return "int32" if _is(value, DType.I32) else "float32"
+    return "int32" if _is(value, DType.I32) or _is(value, DType.I8) else "float32"
 
 
 def _is(value: Value, dtype: DType) -> bool:
@@ -360,6 +361,21 @@ class _Program:
 
         return materialize(RowValue(self._shape(node.result), 1, load), row)
 
+    def _quantized_embedding(self, node: Node, row: Expr) -> RowValue:
+        ids, values, *scales = (self._of(v) for v in node.operands if v is not None)
+        token = bind(ids.load(row, [], 1))
+        return quant.looked_up(node, token, scales, lambda k, lanes: values.load(row, [wide(token), k], lanes),
+                               values.max_lanes)
+
+    def _packed_quantized_embedding(self, node: Node, row: Expr) -> RowValue:
+        ids, packed, *scales = (self._of(v) for v in node.operands if v is not None)
+        token = bind(ids.load(row, [], 1))
+        return materialize(quant.looked_up_packed(node, row, token, packed, scales), row)
+
+    def _quantize_rows(self, node: Node, row: Expr) -> None:
+        made = quant.rounded(self._of(node.operands[0]), row, int(str(node.attrs["group"])))
+        self.env.update(zip(node.results, made, strict=True))
+
     def _gather_rows(self, node: Node, row: Expr) -> RowValue:
         x, rows = self._of(node.operands[0]), self._of(node.operands[1])
         if node.operands[0] not in self.views:
@@ -414,6 +430,8 @@ class _Program:
 
         def put(index: list[Expr]) -> None:
             x = source.load(row, index, lanes)
+            if _is(value, DType.I8):
+                x = T.cast(x, typed("int8", lanes))
             store(view, vmath.f32_to_bf16(x, lanes) if narrow else x, flat(index, source.shape) + row * ld, lanes)
 
         loop(source.shape, lanes, put)

@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from inferloom.ir.types import DType
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import LANES, lane_of, scratch, splat, store, vectors
+from inferloom.targets.tvm.emit import LANES, f32, lane_of, scratch, splat, store, typed, vectors
 
 Expr = Any
 Index = Sequence[Expr]
@@ -46,6 +46,10 @@ def flat(index: Index, shape: Sequence[int]) -> Expr:
 
 def widen(raw: Expr, dtype: DType, lanes: int) -> Expr:
     """Stored elements as they are computed with."""
+    if dtype in (DType.I8, DType.U8):
+        return T.cast(raw, typed("int32", lanes))
+    if dtype is DType.F16:
+        return T.cast(raw, f32(lanes))
     return vmath.bf16_to_f32(raw, lanes) if dtype is DType.BF16 else raw
 
 

@@ -48,7 +48,7 @@ class Fewer:
         return getattr(self._device, name)
 
 
-@pytest.fixture(scope="module", params=["demo_fp32", "demo_bf16"])
+@pytest.fixture(scope="module", params=["demo_fp32", "demo_bf16", "demo_int8", "demo_int4"])
 def llm(request: pytest.FixtureRequest) -> LLM:
     path: Path = request.getfixturevalue(request.param)
     return LLM(path, memory_bytes=600 * 2**20)

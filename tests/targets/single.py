@@ -19,7 +19,8 @@ from inferloom.targets.base import KernelSource, Layout
 
 TOKENS, ROWS = Sym("tokens", 64), Sym("rows", 16)
 Body = Callable[[Builder], Sequence[Value]]
-STORED = {DType.F32: np.float32, DType.F16: np.float16, DType.BF16: ml_dtypes.bfloat16, DType.I32: np.int32}
+STORED = {DType.F32: np.float32, DType.F16: np.float16, DType.BF16: ml_dtypes.bfloat16, DType.I32: np.int32,
+          DType.I8: np.int8, DType.U8: np.uint8}
 
 
 def tensor(*shape: Any, dtype: DType = DType.F32) -> TensorType:
@@ -119,7 +120,8 @@ def layout(value: Value) -> Layout:
         return Layout("state", 0, size + 128)
     if not symbolic(value.type):
         return Layout("weights")
-    if value.name and value.type.dtype is DType.I32 and (value.type.rank == 1 or value.type.shape[0] != TOKENS):
+    integers = value.type.dtype is DType.I32 and value.name != "sums"
+    if value.name and integers and (value.type.rank == 1 or value.type.shape[0] != TOKENS):
         # A step input: dense.
         return Layout("input")
     line = 64 // value.type.dtype.itemsize

@@ -66,7 +66,8 @@ def test_concat_and_rows_keep_values(name: str) -> None:
     both = concat([a, b])
     assert both.shape == (7, 256)
     np.testing.assert_array_equal(both.dequantize(), np.concatenate([a.dequantize(), b.dequantize()]))
-    np.testing.assert_array_equal(both.rows(3, 7).values, b.values)
+    np.testing.assert_array_equal(both.rows(slice(3, 7)).values, b.values)
+    np.testing.assert_array_equal(both.rows(np.array([4, 0])).scales, np.stack([b.scales[1], a.scales[0]]))
 
 
 def test_other_schemes_do_not_join() -> None:

@@ -1,0 +1,54 @@
+"""Which scheme each weight of a model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from inferloom.compiler.quantization.scheme import Scheme, parse
+
+#: What options call a layer that stays as it is.
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Schemes of linear layers, of the LM head and of the token embedding; None leaves a layer as it is.
+
+    `stored` are the schemes of weights that the checkpoint holds quantised, by the source of a graph's param: these keep
+    their integers, whatever the others say.
+    """
+
+    linear: Scheme | None = None
+    head: Scheme | None = None
+    embedding: Scheme | None = None
+    stored: Mapping[str, Scheme] = field(default_factory=dict)
+
+    @property
+    def active(self) -> bool:
+        return bool(self.linear or self.head or self.embedding or self.stored)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that a layer may get."""
+        return tuple(dict.fromkeys(s for s in (self.linear, self.head, self.embedding, *self.stored.values()) if s))
+
+
+def recipe(quant: str | None, head: str | None = None, embedding: str | None = None,
+           stored: Mapping[str, Scheme] | None = None) -> Recipe:
+    """The recipe of the options `--quant`, `--quant-head`, `--quant-embedding`: names of schemes, "none", or None.
+
+    Head and embedding without an option of their own are quantised as the other layers are, but to 8 bits where these
+    get 4: a vocabulary's rows stand for themselves, and nothing evens out what is wrong with one. UnsupportedError on a
+    name that is not known.
+    """
+    linear = _scheme(quant)
+    usual = linear
+    if linear is not None and linear.format == "int4":
+        usual = Scheme("int8", activations=linear.activations)
+    return Recipe(linear, usual if head is None else _scheme(head), usual if embedding is None else _scheme(embedding),
+                  dict(stored or {}))
+
+
+def _scheme(name: str | None) -> Scheme | None:
+    return None if name is None or name == NONE else parse(name)

@@ -1,0 +1,65 @@
+"""The demo model in few bits: near the model in full precision, reproducible, and said so in the manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import inferloom
+from inferloom.errors import UnsupportedError
+from inferloom.runtime.llm import LLM
+from tests.compiler.test_build import contents
+from tests.conftest import DEMO
+from tests.test_cli import inferloom as run
+
+#: Names, and how far logits may be from those of fp32, relative to their spread (root mean square).
+NEAR = {"int8": 0.05, "int4": 0.35}
+
+
+@pytest.fixture(scope="module")
+def exact(demo_fp32: Path) -> tuple[list[int], np.ndarray]:
+    with LLM(demo_fp32, memory_bytes=300 * 2**20) as llm:
+        ids = llm.encode(Path(__file__).read_text())[:300]
+        return ids, llm.logits(ids)
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_logits_are_near_those_of_full_precision(request: pytest.FixtureRequest, name: str,
+                                                 exact: tuple[list[int], np.ndarray]) -> None:
+    ids, want = exact
+    with LLM(request.getfixturevalue(f"demo_{name}"), memory_bytes=300 * 2**20) as llm:
+        got = llm.logits(ids)
+        assert np.sqrt(np.mean((got - want) ** 2)) <= NEAR[name] * want.std()
+        counts = {"int8": 29} if name == "int8" else {"int4": 28, "int8": 1}
+        assert llm.manifest.numerics["quantized_weights"] == counts
+
+
+def test_weights_take_the_bytes_that_the_names_promise(demo_bf16: Path, demo_int8: Path, demo_int4: Path) -> None:
+    sizes = []
+    for path in (demo_bf16, demo_int8, demo_int4):
+        with LLM(path, memory_bytes=300 * 2**20) as llm:
+            sizes.append(llm.manifest.memory.weights)
+    assert 0.5 < sizes[1] / sizes[0] < 0.52 and 0.31 < sizes[2] / sizes[0] < 0.34
+
+
+def test_compiling_twice_gives_the_same_bytes(demo_int4: Path, tmp_path: Path) -> None:
+    again = inferloom.compile(DEMO, quant="int4", out=tmp_path / "again")
+    assert contents(again) == contents(demo_int4)
+
+
+def test_what_a_chip_cannot_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="quantisation int8 is not supported for h100: compile without it"):
+        inferloom.compile(DEMO, chip="h100", quant="int8", out=tmp_path / "a")
+    with pytest.raises(UnsupportedError, match="int4-wo is not supported for .*int4 weights with int8 activations"):
+        inferloom.compile(DEMO, quant="int4-wo", out=tmp_path / "a")
+    with pytest.raises(UnsupportedError, match="no quantisation is called 'q4'"):
+        inferloom.compile(DEMO, quant="q4", out=tmp_path / "a")
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "demo")
+    for arguments in (["compile", str(DEMO), "--quant", "int4-g64", "--quant-head", "none", "--out", out], ["inspect", out]):
+        assert run(monkeypatch, *arguments) == 0
+        assert "28 weights in int4-g64" in " ".join(capsys.readouterr().out.split())
