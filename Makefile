@@ -84,7 +84,7 @@ thin: demo-artifact
 	@cd build && thin/bin/inferloom run demo "import os" --max-tokens 8 --temperature 0
 
 slow: demo-artifact
-	@$(BIN)/pytest -q -n $(JOBS) --dist loadfile -m "slow and not gpu"
+	@$(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "slow and not gpu"
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n $(JOBS) -m slow tests/interpreter
 
 clean:

@@ -14,6 +14,8 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line; errors raised on purpose are printed without a traceback."""
+    if sys.argv[1:3] == ["bench", "serve"]:  # a subcommand of a command that takes a path (such a path: ./serve)
+        sys.argv[1:3] = ["bench-serve"]
     try:
         app()
     except BrokenPipeError:

@@ -8,6 +8,7 @@ import typer
 
 from inferloom import __version__
 from inferloom.cli.bench import bench
+from inferloom.cli.bench_serve import bench_serve
 from inferloom.cli.check_pass import check_pass
 from inferloom.cli.chips import chips
 from inferloom.cli.compile import compile_
@@ -45,4 +46,5 @@ app.command("chips")(chips)
 app.command("models")(models)
 app.command("check-pass")(check_pass)
 app.command("bench")(bench)
+app.command("bench-serve")(bench_serve)
 app.command("doctor")(doctor)
