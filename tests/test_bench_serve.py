@@ -135,7 +135,8 @@ def test_loops(server: Server) -> None:
 
 
 def test_errors_are_counted_and_end_their_conversation() -> None:
-    for options, kind in (({"refuse": 2}, "429"), ({"cut": 2}, "JSONDecodeError"), ({"words": 0}, "the stream ended without a token")):
+    for options, kind in (({"refuse": 2}, "429"), ({"cut": 2}, "JSONDecodeError"),
+                          ({"words": 0}, "the stream ended without a token")):
         server = Server(**options)  # type: ignore[arg-type]
         people = [traces.Conversation(str(i), "", (traces.Turn("a", 1, 0.0),) * 2) for i in range(4)]
         made = report.summary(ask(server, people, concurrency=1), report.Slo(1.0, 1.0))

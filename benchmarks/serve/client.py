@@ -54,7 +54,8 @@ class Client:
             body["prompt"] = "\n".join(m["content"] for m in messages) + "\n"
         start = last = time.perf_counter()
         try:
-            async with self._http.stream("POST", "/v1/chat/completions" if self._chat else "/v1/completions", json=body) as answer:
+            path = "/v1/chat/completions" if self._chat else "/v1/completions"
+            async with self._http.stream("POST", path, json=body) as answer:
                 made.status = answer.status_code
                 if answer.status_code != 200:
                     made.error = f"{answer.status_code} {(await answer.aread()).decode(errors='replace')[:200]}"
