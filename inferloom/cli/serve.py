@@ -51,8 +51,8 @@ def serve(
     allowed_origins: Annotated[list[str] | None, _option("--allowed-origins", "Origins of web pages that may ask; may be "
                                                          "repeated.", show_default=False)] = None,
     drain_timeout: Annotated[float, _option("--drain-timeout", "Seconds that running requests get at the end.")] = 30.0,
-    stall_timeout: Annotated[float, _option("--stall-timeout", "Seconds without a step until the engine counts as "
-                                            "stalled; after twice that it is started again.")] = 60.0,
+    stall_timeout: Annotated[float, _option("--stall-timeout", "Seconds that a step may take; then the engine counts "
+                                            "as stalled, and after twice that it is started again.")] = 300.0,
     keep_alive: Annotated[float, _option("--keep-alive", "Seconds without a token until a stream gets a comment.")] = 10.0,
     send_timeout: Annotated[float, _option("--send-timeout", "Seconds that a client may leave what is sent to it "
                                            "unread.")] = 30.0,
@@ -102,7 +102,9 @@ def _names(models: list[Path], given: list[str]) -> list[tuple[str, ...]]:
 
 
 def _say(summaries: list[dict[str, object]], host: str, port: int) -> None:
-    """What is served, for the person who started it."""
+    """What is served, for a person who has started it."""
+    if not err.is_terminal:
+        return  # the logs say it
     for s in summaries:
         state, weights = int(str(s["state_bytes"])), int(str(s["weights_bytes"]))
         err.print(f"[bold]{s['model']}[/]: {s['architecture']} in {s['dtype']} on {s['chip']}, weights "

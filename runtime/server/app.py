@@ -21,7 +21,7 @@ from inferloom.runtime.server.api.listing import Listing
 from inferloom.runtime.server.api.messages import Asked, MessageBody, Messages
 from inferloom.runtime.server.api.responses import ResponseBody, Responses
 from inferloom.runtime.server.api.tokens import DetokenizeBody, TokenizeBody, Tokens
-from inferloom.runtime.server.endpoint import Endpoint
+from inferloom.runtime.server.endpoint import Bodies, Endpoint
 from inferloom.runtime.server.engine import EngineProcess
 from inferloom.runtime.server.errors import HttpError
 from inferloom.runtime.server.guard import Guard
@@ -54,15 +54,16 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
 def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
     """The app that answers for these models."""
     health, listing, tokens, messages = Health(models), Listing(models), Tokens(models), Messages(models)
+    bodies = Bodies(settings)
     posts: dict[str, Endpoint[Any]] = {
-        "/v1/completions": Endpoint(CompletionBody, Completions(models, settings.max_logprobs), settings),
-        "/v1/chat/completions": Endpoint(ChatBody, Chats(models, settings.max_logprobs), settings),
-        "/v1/responses": Endpoint(ResponseBody, Responses(models), settings),
-        "/v1/messages": Endpoint(MessageBody, messages, settings, anthropic=True),
-        "/v1/messages/count_tokens": Endpoint(Asked, messages.count, settings, anthropic=True),
-        "/v1/embeddings": Endpoint(EmbeddingBody, Embeddings(models), settings),
-        "/tokenize": Endpoint(TokenizeBody, tokens.tokenize, settings),
-        "/detokenize": Endpoint(DetokenizeBody, tokens.detokenize, settings),
+        "/v1/completions": Endpoint(CompletionBody, Completions(models, settings.max_logprobs), settings, bodies),
+        "/v1/chat/completions": Endpoint(ChatBody, Chats(models, settings.max_logprobs), settings, bodies),
+        "/v1/responses": Endpoint(ResponseBody, Responses(models), settings, bodies),
+        "/v1/messages": Endpoint(MessageBody, messages, settings, bodies, anthropic=True),
+        "/v1/messages/count_tokens": Endpoint(Asked, messages.count, settings, bodies, anthropic=True),
+        "/v1/embeddings": Endpoint(EmbeddingBody, Embeddings(models), settings, bodies),
+        "/tokenize": Endpoint(TokenizeBody, tokens.tokenize, settings, bodies),
+        "/detokenize": Endpoint(DetokenizeBody, tokens.detokenize, settings, bodies),
     }
     gets = {"/health": health.ready, "/health/ready": health.ready, "/health/live": health.live, "/ping": health.live,
             "/metrics": metrics.answer, "/version": _version, "/v1/models": listing.all,

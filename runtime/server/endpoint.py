@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope, Send
 
 from inferloom.runtime.errors import RequestError
-from inferloom.runtime.server.errors import HttpError
+from inferloom.runtime.server.errors import HttpError, unavailable
 from inferloom.runtime.server.settings import Settings
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -33,17 +33,55 @@ class Call:
     salt: bytes
 
 
+class Bodies:
+    """Reads bodies: each is bounded, and so are all together that are being read, which `held` bytes are."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._one, self._all, self._patience = settings.max_body_bytes, 8 * settings.max_body_bytes, settings.send_timeout
+        self.held = 0
+
+    async def read(self, scope: Scope, receive: Receive) -> bytes:
+        """The body. HttpError 413 as soon as it is known to be too long, before anything of it is parsed; 408 when
+        nothing comes; 503 when too much is being read."""
+        too_long = HttpError(413, f"the body is longer than {self._one:,} bytes", "invalid_request_error")
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self._one:
+                raise too_long
+        data = bytearray()
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(self._patience):
+                        message = await receive()
+                except TimeoutError:
+                    raise HttpError(408, "the body does not come", "timeout") from None
+                if message["type"] == "http.disconnect":
+                    raise _ClientGone
+                part = message.get("body", b"")
+                data += part
+                self.held += len(part)
+                if len(data) > self._one:
+                    raise too_long
+                if self.held > self._all:
+                    raise unavailable("too many large bodies are being read at once")
+                if not message.get("more_body", False):
+                    return bytes(data)
+        finally:
+            self.held -= len(data)
+
+
 class Endpoint(Generic[Body]):
     """ASGI app for POST with a JSON body of type `body`; `anthropic` decides how errors are said."""
 
     def __init__(self, body: type[Body], handle: Callable[[Body, Call], Awaitable[Answer]], settings: Settings,
-                 anthropic: bool = False) -> None:
-        self.body, self._handle, self._settings, self._anthropic = body, handle, settings, anthropic
+                 bodies: Bodies, anthropic: bool = False) -> None:
+        self.body, self._handle, self._settings, self._bodies = body, handle, settings, bodies
+        self._anthropic = anthropic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = _Reply(send, self._settings)
         try:
-            body = self._parse(await _read(scope, receive, self._settings.max_body_bytes))
+            body = self._parse(await self._bodies.read(scope, receive))
             call = Call(scope["state"]["request_id"], scope["state"]["salt"])
             work = asyncio.create_task(self._answer(body, call, reply))
             gone = asyncio.create_task(_gone(receive))
@@ -105,7 +143,7 @@ class _Reply:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
         if error is not None and error.retry_after is not None:
             headers.append((b"retry-after", str(error.retry_after).encode()))
-        if error is not None and error.status == 413:
+        if error is not None and error.status in (408, 413):  # the rest of the body is not read
             headers.append((b"connection", b"close"))
         await self._start(200 if error is None else error.status, headers)
         await self.end(data)
@@ -153,24 +191,6 @@ class _Reply:
 
 class _ClientGone(Exception):
     """The client left before its request was whole."""
-
-
-async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The body. HttpError 413 as soon as it is known to be longer than `limit`, before anything of it is parsed."""
-    too_long = HttpError(413, f"the body is longer than {limit:,} bytes", "invalid_request_error")
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > limit:
-            raise too_long
-    data = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientGone
-        data += message.get("body", b"")
-        if len(data) > limit:
-            raise too_long
-        if not message.get("more_body", False):
-            return bytes(data)
 
 
 async def _gone(receive: Receive) -> None:

@@ -23,6 +23,8 @@ from inferloom.runtime.server.settings import ModelSettings, Settings
 from inferloom.runtime.server.ticket import Ticket
 
 BEAT = 0.25
+#: Seconds without a sign of life; those come from a thread of their own, however long a step takes.
+MAX_SILENCE = 30.0
 #: Deaths in a row, without an answer between them, after which it is not started again.
 MAX_DEATHS = 5
 _log = structlog.get_logger()
@@ -31,7 +33,7 @@ _log = structlog.get_logger()
 class EngineProcess:
     """Requests go in by `stream`, their news come out; `state` says what it is doing.
 
-    States: "loading", "ready", "stalled" (no step and no sign of life for `stall_timeout`), "dead" (it will be started
+    States: "loading", "ready", "stalled" (no step for `stall_timeout`, or no sign of life), "dead" (it will be started
     again), "failed" (it died too often), "stopped".
     """
 
@@ -147,20 +149,22 @@ class EngineProcess:
         """Kill a process that hangs: it is started again."""
         while True:
             await asyncio.sleep(min(1.0, self.settings.stall_timeout / 4))
-            limit = 2 * self.settings.stall_timeout if self.ready is not None else self.settings.load_timeout
-            if self._silence() > limit:
-                _log.error("engine hangs and is killed", model=self.model.names[0], seconds=round(self._silence(), 1))
+            if self._lateness() > 2:
+                _log.error("engine hangs and is killed", model=self.model.names[0])
                 process.kill()
                 return
 
-    def _silence(self) -> float:
-        """Seconds since it last gave a sign of life, or since it last did some of the work it has."""
+    def _lateness(self) -> float:
+        """How long nothing has come of it, as a share of what it may take: 1 is a stall."""
         silent = time.monotonic() - self._heard
-        return silent if self.beat is None else max(silent, self.beat.stuck)
+        if self.ready is None:
+            return 2 * silent / self.settings.load_timeout
+        stuck = 0.0 if self.beat is None else self.beat.stuck + silent
+        return max(silent / min(MAX_SILENCE, self.settings.stall_timeout), stuck / self.settings.stall_timeout)
 
     @property
     def state(self) -> str:
-        if self._state == "ready" and self._silence() > self.settings.stall_timeout:
+        if self._state == "ready" and self._lateness() > 1:
             return "stalled"
         return self._state
 

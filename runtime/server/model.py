@@ -42,7 +42,7 @@ class Model:
         return self.manifest.model.max_model_len if self.engine.ready is None else self.engine.ready.longest
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. HttpError 400 when there is no tokenizer, or the text is longer than any prompt."""
+        """Token ids of a text. HttpError 400 when there is no tokenizer."""
         tokenizer = self._tokenizer()
 
         def work() -> list[int]:

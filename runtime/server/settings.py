@@ -46,7 +46,7 @@ class Settings:
     max_connections: int = 8192
     keep_alive: float = 10.0
     send_timeout: float = 30.0
-    stall_timeout: float = 60.0
+    stall_timeout: float = 300.0
     load_timeout: float = 600.0
     drain_timeout: float = 30.0
     vllm_metrics: bool = False

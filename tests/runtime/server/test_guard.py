@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from inferloom.runtime.errors import RequestError
+from inferloom.runtime.server.endpoint import Bodies
+from inferloom.runtime.server.errors import HttpError
 from inferloom.runtime.server.settings import Settings
 from tests.runtime.server.conftest import Server
 
@@ -90,7 +96,36 @@ def test_bodies_are_bounded_before_they_are_read(locked: Server) -> None:
     with httpx.Client(base_url=locked.url, headers=bearer(KEYS[0])) as client:
         assert client.post("/v1/completions", content=b"x" * 30_000).status_code == 413
         assert client.post("/v1/completions", content=chunks()).status_code == 413
-        assert client.post("/v1/messages", content=b"x" * 30_000).status_code in (404, 413)
+        refused = client.post("/v1/messages", content=b"x" * 30_000)
+        assert refused.status_code == 413 and refused.json()["error"]["type"] == "request_too_large"
+
+
+def test_bodies_are_bounded_together() -> None:
+    settings = Settings(max_body_bytes=1024, send_timeout=0.05)
+    bodies = Bodies(settings)
+
+    async def read(*parts: bytes) -> bytes:
+        left = [{"type": "http.request", "body": p, "more_body": i + 1 < len(parts)} for i, p in enumerate(parts)]
+
+        async def receive() -> Any:
+            if len(left) == 1 and left[0]["body"] == b"late":
+                await asyncio.sleep(0.2)
+            await asyncio.sleep(0.001)
+            return left.pop(0)
+
+        return await bodies.read({"headers": []}, receive)
+
+    async def run() -> None:
+        assert await read(b"ab", b"c") == b"abc"
+        with pytest.raises(HttpError, match="does not come") as late:
+            await read(b"x", b"late")
+        assert late.value.status == 408
+        many = await asyncio.gather(*(read(b"x" * 1000, b"y" * 20) for _ in range(12)), return_exceptions=True)
+        refused = [m for m in many if isinstance(m, HttpError)]
+        assert refused and all(r.status == 503 and r.retry_after for r in refused) and len(refused) < 12
+        assert bodies.held == 0
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 15_000, b'{"a":' * 3_000,
@@ -144,8 +179,6 @@ def test_metrics_have_own_names_and_vllms(server: Server) -> None:
 def test_the_server_imports_no_compiler() -> None:
     program = ("import sys, json; import inferloom.runtime.server.serve, inferloom.runtime.server.worker, inferloom.cli.app;"
                "print(json.dumps(sorted(sys.modules)))")
-    import json
-
     modules = json.loads(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                                         timeout=60).stdout)
     own = [m for m in modules if m.startswith("inferloom.runtime.server.")]
@@ -154,8 +187,6 @@ def test_the_server_imports_no_compiler() -> None:
 
 
 def test_no_pickle_anywhere_in_the_runtime() -> None:
-    import re
-
     root = Path(__file__).resolve().parents[3] / "runtime"
     found = [str(p) for p in root.rglob("*.py")
              if re.search(r"\b(import|from) +(pickle|cloudpickle|marshal|shelve|dill)\b|torch\.load|\beval\(|\bexec\(",
