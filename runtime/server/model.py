@@ -15,6 +15,7 @@ from inferloom.runtime.errors import RequestError
 from inferloom.runtime.llm import open_tokenizer
 from inferloom.runtime.server.engine import EngineProcess
 from inferloom.runtime.server.errors import HttpError, bad_request
+from inferloom.runtime.server.token_text import TokenTexts
 
 #: Longer texts are tokenized on another thread, so that the others' streams go on meanwhile.
 _LONG = 4096
@@ -30,7 +31,7 @@ class Model:
         self.template = ChatTemplate.of(artifact)
         self.tool_parser, self.reasoning_parser = tool_parser, reasoning_parser
         self.created = int(time.time())
-        self._strings: dict[int, str] = {}
+        self.texts = TokenTexts(self.tokenizer)
 
     @property
     def name(self) -> str:
@@ -55,14 +56,6 @@ class Model:
         if any(not 0 <= t < self.manifest.model.vocab_size for t in tokens):
             raise bad_request(f"token ids must be 0 to {self.manifest.model.vocab_size - 1}")
         return str(self._tokenizer().decode(tokens, skip_special_tokens=skip_special_tokens))
-
-    def string(self, token: int) -> str:
-        """How one token reads by itself."""
-        found = self._strings.get(token)
-        if found is None:
-            found = self._strings[token] = "" if self.tokenizer is None else self.tokenizer.decode(
-                [token], skip_special_tokens=False)
-        return found
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
                    **options: Any) -> tuple[str, list[int]]:

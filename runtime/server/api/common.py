@@ -45,8 +45,7 @@ def usage(prompt: int, made: int, cached: int = 0) -> dict[str, Any]:
 
 def scored(model: Model, token: int, logprob: float) -> dict[str, Any]:
     """A token with its log-probability and bytes, as chats have it."""
-    text = model.string(token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": model.texts.text(token), "logprob": logprob, "bytes": list(model.texts.data(token))}
 
 
 def chat_logprobs(model: Model, tokens: list[int], steps: list[list[Scored]], top: int) -> list[dict[str, Any]]:

@@ -171,7 +171,7 @@ class _Run:
         """`logprobs` of a completion: lists of equal length."""
         made: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, step in zip(tokens, steps, strict=True):
-            made["tokens"].append(self._model.string(token))
+            made["tokens"].append(self._model.texts.text(token))
             made["text_offset"].append(choice.offset)
             choice.offset += len(made["tokens"][-1])
             if step is None:
@@ -180,7 +180,7 @@ class _Run:
                 continue
             made["token_logprobs"].append(next(p for t, p, _ in step if t == token))
             best = sorted(step, key=lambda e: e[2])[:self._body.logprobs or 0]
-            made["top_logprobs"].append({self._model.string(t): p for t, p, _ in reversed(best)})
+            made["top_logprobs"].append({self._model.texts.text(t): p for t, p, _ in reversed(best)})
         return made
 
     def _entry(self, index: int, choice: _Choice, text: str, logprobs: dict[str, list[Any]] | None) -> dict[str, Any]:
@@ -195,5 +195,5 @@ def _as_maps(steps: list[list[Scored] | None] | None, model: Model) -> list[Any]
     """Log-probabilities of a prompt as vLLM has them: for each token a map from token id."""
     if steps is None:
         return None
-    return [None if step is None else {str(t): {"logprob": p, "rank": r, "decoded_token": model.string(t)}
+    return [None if step is None else {str(t): {"logprob": p, "rank": r, "decoded_token": model.texts.text(t)}
                                        for t, p, r in step} for step in steps]

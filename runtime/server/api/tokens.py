@@ -49,7 +49,7 @@ class Tokens:
                                          add_generation_prompt=body.add_generation_prompt is not False)
         made: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": model.longest}
         if body.return_token_strs:
-            made["token_strs"] = [model.string(t) for t in tokens]
+            made["token_strs"] = [model.texts.text(t) for t in tokens]
         return made
 
     async def detokenize(self, body: DetokenizeBody, call: Call) -> Answer:
