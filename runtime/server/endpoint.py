@@ -150,17 +150,15 @@ class _Reply:
 
     async def stream(self, events: AsyncIterator[bytes]) -> None:
         """Send events; while none come, comments, which clients skip and which show who has left."""
-        pings: asyncio.Task[None] | None = asyncio.create_task(self._ping())
+        pings = asyncio.create_task(self._ping())
         try:
             async for event in events:
                 if not self.started:
                     await self._start_stream()
                 await self.send(event)
         finally:
-            if pings is not None:
-                pings.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await pings
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
         await self.end(b"")
 
     async def send(self, data: bytes) -> None:

@@ -204,3 +204,22 @@ def test_several_models_in_one_server(start: Callable[..., Server], chat_artifac
     assert refused.status_code == 400 and "no chat template" in refused.text
     assert httpx.post(server.url + "/v1/completions", json={"model": "writer", "prompt": "x"}).status_code == 200
     assert httpx.post(server.url + "/v1/completions", json={"model": "other", "prompt": "x"}).status_code == 404
+
+
+def test_without_the_extra_it_says_what_to_install(chat_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferloom.cli import serve
+    from inferloom.errors import MissingExtraError
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    with pytest.raises(MissingExtraError, match=r"uvicorn; run: pip install 'inferloom\[serve\]'"):
+        serve.serve([chat_artifact])
+
+
+@pytest.mark.parametrize("wanted", [["a"], ["a", "b", "c"]])
+def test_names_must_match_models(wanted: list[str]) -> None:
+    from inferloom.cli.serve import _names
+    from inferloom.errors import UsageError
+
+    with pytest.raises(UsageError, match="give one each"):
+        _names([Path("x"), Path("y")], wanted)
+    assert _names([Path("x")], wanted) == [tuple(wanted)] and _names([Path("x"), Path("/y")], []) == [("x",), ("y",)]
