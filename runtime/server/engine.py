@@ -75,7 +75,6 @@ class EngineProcess:
     async def _supervise(self, loaded: asyncio.Future[None]) -> None:
         deaths = 0
         while self._state != "stopped":
-            answered = self.beat.tokens_generated if self.beat is not None else 0
             try:
                 reason = await self._live(loaded)
             except Exception as error:
@@ -87,7 +86,7 @@ class EngineProcess:
             self._fail_all(reason)
             if self._state == "stopped":
                 return
-            deaths = 1 if self.beat is not None and self.beat.tokens_generated != answered else deaths + 1
+            deaths = 1 if self.beat is not None and self.beat.tokens_generated else deaths + 1
             self.deaths += 1
             self.beat, self.ready = None, None
             self._state = "failed" if deaths >= MAX_DEATHS else "dead"
@@ -101,7 +100,7 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "inferloom.runtime.server.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "inferloom.runtime.server.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         watch = asyncio.create_task(self._watch(process))
@@ -147,8 +146,12 @@ class EngineProcess:
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Kill a process that hangs: it is started again."""
+        tick = min(1.0, self.settings.stall_timeout / 4)
         while True:
-            await asyncio.sleep(min(1.0, self.settings.stall_timeout / 4))
+            before = time.monotonic()
+            await asyncio.sleep(tick)
+            # What this process itself has slept through (a machine that was paused) is not the engine's silence.
+            self._heard += max(time.monotonic() - before - 2 * tick, 0.0)
             if self._lateness() > 2:
                 _log.error("engine hangs and is killed", model=self.model.names[0])
                 process.kill()

@@ -44,14 +44,15 @@ class Worker:
         first = self._read()
         if not isinstance(first, wire.Load):
             raise RequestError("the first message must be to load an artifact")
+        threading.Thread(target=self._listen, daemon=True).start()
         start = time.monotonic()
         self._llm = LLM(first.path, **first.options)
         self._engine = engine = self._llm.engine
         self._grammars: Grammars | None = None
         self._send(wire.Ready(self._llm.device.num_blocks, engine.limits.seqs, engine.longest,
                               time.monotonic() - start))
-        for target, arguments in ((self._listen, ()), (self._build, ()), (self._beat, (first.beat,))):
-            threading.Thread(target=target, args=arguments, daemon=True).start()
+        threading.Thread(target=self._build, daemon=True).start()
+        threading.Thread(target=self._beat, args=(first.beat,), daemon=True).start()
         while True:
             while not engine.has_unfinished or not self._work.empty():
                 message = self._work.get()
@@ -173,7 +174,9 @@ class Worker:
             self._send(wire.Beat(stuck, len(queues.running), len(queues.waiting), stats.blocks, stats.blocks_available,
                                  stats.steps, stats.tokens_computed, stats.tokens_generated, stats.preemptions,
                                  stats.prefix_queries, stats.prefix_hits))
+            before = time.monotonic()
             time.sleep(seconds)
+            self._moved += max(time.monotonic() - before - 2 * seconds, 0.0)  # the process was paused: that is no stall
 
     # -- the socket
 

@@ -137,7 +137,7 @@ def test_what_runs_is_finished_after_sigterm(start: Callable[..., Server]) -> No
 
 
 def test_a_stalled_engine_is_not_ready_and_is_replaced(start: Callable[..., Server]) -> None:
-    server = start("--stall-timeout", "0.6")
+    server = start("--stall-timeout", "2")
     (engine,) = server.engines()
     os.kill(engine, signal.SIGSTOP)
     until(lambda: httpx.get(server.url + "/health").json()["engines"]["demo"] == "stalled")
@@ -146,6 +146,21 @@ def test_a_stalled_engine_is_not_ready_and_is_replaced(start: Callable[..., Serv
     until(lambda: httpx.get(server.url + "/health").status_code == 200, 30)
     assert gone(engine) and server.engines() != [engine]
     assert httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_pause_of_all_is_no_stall(start: Callable[..., Server]) -> None:
+    """As when a machine is suspended: nobody was silent, all were."""
+    server = start("--stall-timeout", "0.6")
+    processes = [server.process.pid, *server.engines()]
+    with open_stream(server, LONG):
+        until(lambda: metric(server, "num_requests_running") == 1)
+        for each in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in processes:
+                os.kill(pid, each)
+            time.sleep(3 if each == signal.SIGSTOP else 0.5)
+        assert [server.process.pid, *server.engines()] == processes
+    assert metric(server, "engine_restarts_total") == 0
+    assert not any(e["event"] == "engine hangs and is killed" for e in server.events)
 
 
 @pytest.mark.slow
