@@ -22,6 +22,7 @@ from inferloom.benchmarks.cost import step_cost
 from inferloom.benchmarks.machine import ceilings, describe
 from inferloom.benchmarks.work import NEW, PREFILL, PROMPT, Work
 from inferloom.errors import InferloomError
+from inferloom.runtime.speculative import SpeculativeConfig
 
 _FRESH = """
 import json, resource, sys, time
@@ -51,14 +52,16 @@ class Metric:
 
 
 def bench(artifact: Path, threads: int, runs: int = 3, batches: tuple[int, ...] = (1, 4, 16),
-          with_ceilings: bool = True, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+          with_ceilings: bool = True, progress: Callable[[str], None] = lambda _: None,
+          speculative: SpeculativeConfig | None = None) -> dict[str, Any]:
     """Measure `artifact`; returns one JSON-able report. Raises `InferloomError` where a probe cannot run."""
-    return _Bench(artifact, threads, runs, with_ceilings, progress).report(batches)
+    return _Bench(artifact, threads, runs, with_ceilings, progress, speculative).report(batches)
 
 
 class _Bench:
     def __init__(self, artifact: Path, threads: int, runs: int, with_ceilings: bool,
-                 progress: Callable[[str], None]) -> None:
+                 progress: Callable[[str], None], speculative: SpeculativeConfig | None) -> None:
+        self.speculative = speculative
         self.artifact, self.threads, self.runs, self.progress = artifact, threads, runs, progress
         self.with_ceilings = with_ceilings
         self.manifest = json.loads((artifact / "manifest.json").read_text())
@@ -77,7 +80,7 @@ class _Bench:
             raise InferloomError(f"bench needs {PROMPT + NEW} tokens of context; the artifact was compiled for {limit}")
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._fresh_process()
-        llm = LLM(self.artifact, threads=self.threads)
+        llm = LLM(self.artifact, threads=self.threads, speculative=self.speculative)
 
         def generate(prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
             made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
@@ -89,6 +92,9 @@ class _Bench:
             self._measure(f"decode_{batch}", "tok/s", partial(work.decode, batch), partial(self._decode_ratio, batch))
         length = min(PREFILL, limit - 1)
         self._measure(f"prefill_{length}", "tok/s", partial(work.prefill, length), self._prefill_ratio)
+        if self.speculative is not None:
+            accepted = llm.stats.accepted / max(llm.stats.drafted, 1)
+            self._add(Metric("drafts_accepted", "of 1", accepted, (accepted,), 0.0, {}))
         llm.close()
         return {"artifact": self.artifact.name, "model": self.manifest["model"], "chip": self.manifest["chip"],
                 "versions": self.manifest["versions"], "machine": describe(), "threads": self.threads,

@@ -11,19 +11,21 @@ from typing import Any
 
 from inferloom.runtime.llm import LLM
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.speculative import SpeculativeConfig
 from inferloom.runtime.trace import PHASES, Timeline
 
 PROMPT, NEW = 128, 64
 
 
 def profile(artifact: Path, threads: int | None, batches: tuple[int, ...],
-            trace: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+            trace: str | os.PathLike[str] | None = None, speculative: SpeculativeConfig | None = None) -> dict[str, Any]:
     """Decode greedily at each batch size, reading each text as it grows; microseconds of the median step.
 
-    Of each batch: `phases`, `python` (all but the kernels), and `kernels` with the times that a step calls each and
-    what these calls take together. `trace`: a file for the steps of the last batch, see `Timeline.write`.
+    Of each batch: `tokens_per_step` of all sequences, `phases`, `python` (all but the kernels), and `kernels` with the
+    times that a step calls each and what these calls take together. `trace`: a file for the steps of the last batch, see
+    `Timeline.write`.
     """
-    with LLM(artifact, threads=threads) as llm:
+    with LLM(artifact, threads=threads, speculative=speculative) as llm:
         made = [_decode(llm, batch, trace if batch == batches[-1] else None) for batch in batches]
         model = llm.manifest.model
     return {"artifact": artifact.name, "model": {"name": model.name, "dtype": model.dtype}, "threads": threads,
@@ -48,7 +50,7 @@ def _decode(llm: LLM, batch: int, trace: str | os.PathLike[str] | None) -> dict[
         engine.trace(None)
     if trace is not None:
         timeline.write(trace)
-    return {"batch": batch, **summary(timeline)}
+    return {"batch": batch, "tokens_per_step": batch * NEW / timeline.steps, **summary(timeline)}
 
 
 def summary(timeline: Timeline) -> dict[str, Any]:
@@ -61,9 +63,10 @@ def summary(timeline: Timeline) -> dict[str, Any]:
             steps[s.step][s.name] = s.ns
         else:
             kernels[s.name][s.step].append(s.ns)
-    whole = [step for step in steps.values() if len(step) == len(PHASES)]
+    whole = [step for step in steps.values() if all(name in step for name in PHASES)]
+    phases = [*(["draft"] if any("draft" in s for s in whole) else []), *PHASES]
     calls = [{"kernel": name, "kind": about[name].kind, "calls": len(next(iter(by_step.values()))),
               "us": median(sum(ns) for ns in by_step.values()) / 1000} for name, by_step in kernels.items()]
-    return {"steps": len(whole), "phases": {name: median(s[name] for s in whole) / 1000 for name in PHASES},
+    return {"steps": len(whole), "phases": {name: median(s.get(name, 0) for s in whole) / 1000 for name in phases},
             "python": median(sum(s.values()) - s["kernels"] for s in whole) / 1000,
             "kernels": sorted(calls, key=lambda c: -c["us"])}

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from inferloom.api import compile
     from inferloom.async_llm import AsyncLLM
     from inferloom.errors import InferloomError
-    from inferloom.llm import LLM, SamplingParams, load
+    from inferloom.llm import LLM, SamplingParams, SpeculativeConfig, load
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "InferloomError", "SamplingParams", "__version__", "compile", "load"]
+__all__ = ["LLM", "AsyncLLM", "InferloomError", "SamplingParams", "SpeculativeConfig", "__version__", "compile",
+           "load"]
 
 _HOME = {"InferloomError": "inferloom.errors", "compile": "inferloom.api", "LLM": "inferloom.llm",
-         "AsyncLLM": "inferloom.async_llm", "SamplingParams": "inferloom.llm", "load": "inferloom.llm"}
+         "AsyncLLM": "inferloom.async_llm", "SamplingParams": "inferloom.llm", "SpeculativeConfig": "inferloom.llm",
+         "load": "inferloom.llm"}
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from inferloom.cache import CompileOptions, Progress, resolve
+from inferloom.llm import SpeculativeConfig, resolve_draft
 from inferloom.runtime.async_llm import AsyncLLM as _AsyncLLM
 
 __all__ = ["AsyncLLM"]
@@ -16,6 +17,7 @@ class AsyncLLM(_AsyncLLM):
 
     def __init__(self, model: str | os.PathLike[str], *, chip: str = "cpu", dtype: str = "bf16",
                  max_model_len: int | None = None, quant: str | None = None, progress: Progress | None = None,
-                 **options: Any) -> None:
-        made = resolve(model, CompileOptions(chip, dtype, max_model_len, quant=quant), progress)
-        super().__init__(made, **options)
+                 speculative: SpeculativeConfig | str | os.PathLike[str] | None = None, **options: Any) -> None:
+        wanted = CompileOptions(chip, dtype, max_model_len, quant=quant)
+        super().__init__(resolve(model, wanted, progress), speculative=resolve_draft(speculative, wanted, progress),
+                         **options)

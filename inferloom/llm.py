@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from inferloom.cache import CompileOptions, Progress, resolve
 from inferloom.runtime.llm import LLM as _LLM
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.speculative import SpeculativeConfig
 
-__all__ = ["LLM", "SamplingParams", "load"]
+__all__ = ["LLM", "SamplingParams", "SpeculativeConfig", "load", "resolve_draft"]
 
 
 class LLM(_LLM):
@@ -17,15 +19,25 @@ class LLM(_LLM):
 
     A checkpoint is compiled on first use into the cache (for `chip`, in `dtype`, with weights quantised as `quant` says,
     for at most `max_model_len` tokens), which needs the `compile` extra; `progress` then gets a line of text for each
-    stage. All other options are the runtime's: `memory_bytes`, `threads`, `gpu`, `max_num_seqs`, `max_num_batched_tokens`,
-    `enable_prefix_caching`, `seed`.
+    stage. The draft model of `speculative` may be a checkpoint, too. All other options are the runtime's: `memory_bytes`,
+    `threads`, `gpu`, `max_num_seqs`, `max_num_batched_tokens`, `enable_prefix_caching`, `seed`.
     """
 
     def __init__(self, model: str | os.PathLike[str], *, chip: str = "cpu", dtype: str = "bf16",
                  max_model_len: int | None = None, quant: str | None = None, progress: Progress | None = None,
-                 **options: Any) -> None:
-        made = resolve(model, CompileOptions(chip, dtype, max_model_len, quant=quant), progress)
-        super().__init__(made, **options)
+                 speculative: SpeculativeConfig | str | os.PathLike[str] | None = None, **options: Any) -> None:
+        wanted = CompileOptions(chip, dtype, max_model_len, quant=quant)
+        super().__init__(resolve(model, wanted, progress), speculative=resolve_draft(speculative, wanted, progress),
+                         **options)
+
+
+def resolve_draft(speculative: SpeculativeConfig | str | os.PathLike[str] | None, options: CompileOptions,
+                  progress: Progress | None = None) -> SpeculativeConfig | None:
+    """The config with an artifact for its draft model, which is compiled like the model itself."""
+    if speculative is None:
+        return None
+    config = SpeculativeConfig.of(speculative)
+    return config if config.model is None else replace(config, model=resolve(config.model, options, progress))
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> LLM:

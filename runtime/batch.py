@@ -40,7 +40,10 @@ class Batches:
             owners = np.repeat(self._numbers[:seqs], lens)
             positions = self._numbers[:total] + (begins - starts[:-1])[owners]
             lens += begins
-            parts = (s.tokens[at:at + n] for s, at, n in zip(sequences, computed, counts))
+            parts = [s.tokens[at:at + n] for s, at, n in zip(sequences, computed, counts)]
+            for part, w in zip(parts, work):
+                if w.samples > 1:
+                    part += w.sequence.draft
             tokens = np.fromiter(chain.from_iterable(parts), np.int32, total)
         index, offset = divmod(positions, self._size)
         count, _, width = tables.shape
@@ -51,13 +54,15 @@ class Batches:
 
     def _rows(self, work: Seq[Work], starts: Int32) -> Int32:
         """The tokens whose logits are wanted."""
-        if not any([w.scored for w in work]):
-            ends, samples = starts[1:] - 1, [w.samples for w in work]
-            return ends if all(samples) else ends[samples]
-        parts = []
-        for w, start in zip(work, starts.tolist()):
-            parts += [start + at - w.sequence.computed for at in w.scored] + [start + w.count - 1] * w.samples
-        return np.array(parts, np.int32)
+        samples = [w.samples for w in work]
+        if max(samples) <= 1 and not any([w.scored for w in work]):
+            ends = starts[1:] - 1
+            return ends if all(samples) else ends[np.array(samples, np.bool_)]
+        rows: list[int] = []
+        for w, start, end in zip(work, starts.tolist(), starts[1:].tolist()):
+            rows += [start + at - w.sequence.computed for at in w.scored]
+            rows += range(end - w.samples, end)
+        return np.array(rows, np.int32)
 
     def _facts(self, sequences: Seq[Sequence], begins: Int32, ends: Int32) -> Int32:
         parts = [s.facts.of(s.tokens, int(begin), int(end))

@@ -26,6 +26,7 @@ from inferloom.runtime.request import Request, Sequence
 from inferloom.runtime.sampler import Rows, best_of, sample, token_logprobs
 from inferloom.runtime.scheduler import Limits, Scheduler, Work
 from inferloom.runtime.sessions import Sessions, check_name
+from inferloom.runtime.speculative import Proposer, check_speculation
 from inferloom.runtime.state import longest
 from inferloom.runtime.tiers.tiers import Tiers
 from inferloom.runtime.top import TopRow
@@ -34,7 +35,8 @@ from inferloom.runtime.trace import Timeline
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts since the engine started; `prefix_queries` and `prefix_hits` are tokens."""
+    """Counts since the engine started; `prefix_queries` and `prefix_hits` are tokens, as are those that were `drafted`,
+    and of these `accepted`."""
 
     steps: int
     tokens_computed: int
@@ -44,19 +46,25 @@ class Stats:
     prefix_hits: int
     blocks: int
     blocks_available: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Engine:
     """Runs requests on a device.
 
     `salt` separates prefix caches; without `prefix_caching` nothing is shared. `tiers` are the places for state below the
-    pool; leases together hold at most the share `leased` of it. Not thread-safe: see AsyncLLM.
+    pool; leases together hold at most the share `leased` of it. A `proposer` makes drafts of what comes next, see
+    runtime/speculative.py. Not thread-safe: see AsyncLLM.
     """
 
     def __init__(self, device: Device, limits: Limits, vocab_size: int, tokenizer: Tokenizer | None = None,
                  eos_token_ids: Seq[int] = (), prefix_caching: bool = True, salt: bytes = b"",
                  seed: int | None = None, tiers: Tiers | None = None, leased: float = 0.5,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic, proposer: Proposer | None = None) -> None:
+        if proposer is not None:
+            check_speculation(limits, "the model")
+        self._proposer, self._drafted, self._accepted = proposer, 0, 0
         self.device, self.limits, self.vocab_size, self.tokenizer = device, limits, vocab_size, tokenizer
         self.eos = frozenset(eos_token_ids)
         self.pool = BlockPool(device.num_blocks)
@@ -152,6 +160,13 @@ class Engine:
             line.begin()
         if self.sessions is not None:
             self.sessions.tick()
+        if self._proposer is not None:
+            try:
+                self._propose(self._proposer)
+            except Exception as error:
+                return self._fail(self.scheduler.running, str(error) or repr(error))
+            if line is not None:
+                line.mark("draft")
         work = self.scheduler.schedule()
         if not work:
             return []
@@ -168,7 +183,7 @@ class Engine:
             if not all([w.samples for w in work]):  # most of such a step are tokens of prompts
                 self.tiers.costs.compute.add(sum(w.count for w in work), time.perf_counter() - start)
         except Exception as error:
-            return self._fail(work, str(error) or repr(error))
+            return self._fail([w.sequence for w in work], str(error) or repr(error))
         self._steps += 1
         self._computed += sum([w.count for w in work])
         news = self._sample(work, logits)
@@ -182,6 +197,13 @@ class Engine:
         if line is not None:
             line.mark("outputs")
         return outputs
+
+    def _propose(self, proposer: Proposer) -> None:
+        """Drafts for the sequences that decode, but none that could not be taken."""
+        ready = [s for s in self.scheduler.running if len(s.tokens) - s.computed == 1 and len(s.tokens) + 1 < s.request.most]
+        proposer.propose(ready)
+        for sequence in ready:
+            del sequence.draft[sequence.request.most - len(sequence.tokens) - 1:]
 
     def _sample(self, work: list[Work], logits: Rows) -> Iterable[Request]:
         """The next tokens, and what else was asked of the rows of `logits`; the requests that have news."""
@@ -199,17 +221,35 @@ class Engine:
                 for position in item.scored:
                     at, token = first + position - item.scored.start, request.prompt_ids[position + 1]
                     request.prompt_logprobs.append(token_logprobs(logits[at], token, request.params.prompt_logprobs or 0))
-                if not item.samples:
-                    continue
-                if request.plain and sequence.guide is None and finite[row - 1] and len(sequence.tokens) >= request.least:
-                    self._append(sequence, best[row - 1], None)
-                else:
-                    self._append(sequence, *self._draw(sequence, logits[row - 1]))
+                if item.samples:
+                    self._take(item, logits, row - item.samples, best, finite)
             except Exception as error:  # the request's own: the others of the batch go on
                 news[request] = None
                 request.error = str(error) or repr(error)
                 self._end_all(request)
         return news
+
+    def _take(self, item: Work, logits: Rows, row: int, best: list[int], finite: list[bool]) -> None:
+        """Sample from the item's rows, of which `row` is the first, as long as the drafts say the same."""
+        sequence, taken = item.sequence, 0
+        while taken < item.samples:
+            token, logprobs = self._next(item, logits, row + taken, best, finite)
+            self._append(sequence, token, logprobs)
+            taken += 1
+            if sequence.finish_reason is not None or taken == item.samples or token != sequence.draft[taken - 1]:
+                break
+        self._drafted += item.samples - 1
+        self._accepted += taken - 1
+        item.count -= item.samples - taken  # the rest was computed for tokens that did not come
+        sequence.draft = []
+
+    def _next(self, item: Work, logits: Rows, row: int, best: list[int],
+              finite: list[bool]) -> tuple[int, dict[int, Logprob] | None]:
+        """The token that a row gives, after those that the sequence has."""
+        sequence, request = item.sequence, item.sequence.request
+        if request.plain and sequence.guide is None and finite[row] and len(sequence.tokens) >= request.least:
+            return best[row], None
+        return self._draw(sequence, logits[row])
 
     def _draw(self, sequence: Sequence, row: np.ndarray | TopRow) -> tuple[int, dict[int, Logprob] | None]:
         request, params = sequence.request, sequence.request.params
@@ -263,8 +303,8 @@ class Engine:
                 self._end(sequence, "abort", None)
                 self._let_go(sequence)
 
-    def _fail(self, work: list[Work], message: str) -> list[RequestOutput]:
-        requests = {w.sequence.request.id: w.sequence.request for w in work}
+    def _fail(self, sequences: list[Sequence], message: str) -> list[RequestOutput]:
+        requests = {s.request.id: s.request for s in sequences}
         for request in requests.values():
             request.error = message
         return [out for out in (self.abort(name) for name in requests) if out is not None]
@@ -287,7 +327,8 @@ class Engine:
     def stats(self) -> Stats:
         cache = self.cache
         return Stats(self._steps, self._computed, self._generated, self.scheduler.preemptions,
-                     cache.queries if cache else 0, cache.hits if cache else 0, self.pool.size, self.pool.available)
+                     cache.queries if cache else 0, cache.hits if cache else 0, self.pool.size, self.pool.available,
+                     self._drafted, self._accepted)
 
     def check_integrity(self) -> None:
         """Raise ValueError when blocks leak or books disagree."""

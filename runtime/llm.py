@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 
 from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.chat import ChatTemplate
-from inferloom.runtime.device.base import Device, StepBatch
+from inferloom.runtime.device.base import Device, StepBatch, memory_needed
 from inferloom.runtime.device.cpu import CpuDevice
 from inferloom.runtime.device.gpu import GpuDevice
+from inferloom.runtime.draft_model import DraftModel
 from inferloom.runtime.engine import Engine, Stats
 from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.facts import Facts
@@ -23,6 +24,7 @@ from inferloom.runtime.manifest import KERNELS_FILE, Manifest
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.scheduler import Limits
+from inferloom.runtime.speculative import NgramProposer, Proposer, SpeculativeConfig, check_speculation
 from inferloom.runtime.state import Group, Held, Tables
 from inferloom.runtime.tiers.disk import DiskStore
 from inferloom.runtime.tiers.ram import RamStore
@@ -41,39 +43,58 @@ class LLM:
     half of the memory that is free, and all that its limits can use; on a GPU, nine tenths of what is free there).
     `threads` of a CPU defaults to the usable cores, `gpu` is the driver's number of the GPU. State that leaves the pool
     goes to `ram_bytes` of memory beside it; sessions are saved in the folder `state_dir`, at most `disk_bytes` of it.
-    Raises ArtifactError for an artifact that is damaged, foreign or does not fit.
+    `speculative` is how drafts are made: a config, "ngram", or a draft model's artifact. Raises ArtifactError for an
+    artifact that is damaged, foreign or does not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int | None = None, threads: int | None = None,
                  gpu: int = 0, max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
                  enable_prefix_caching: bool = True, seed: int | None = None, ram_bytes: int = 0,
-                 state_dir: str | os.PathLike[str] | None = None, disk_bytes: int = DEFAULT_DISK_BYTES) -> None:
+                 state_dir: str | os.PathLike[str] | None = None, disk_bytes: int = DEFAULT_DISK_BYTES,
+                 speculative: SpeculativeConfig | str | os.PathLike[str] | None = None) -> None:
         self.artifact = Artifact.open(Path(path))
         m = self.manifest = self.artifact.manifest
-        limits = Limits(tokens=_at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
-                        seqs=_at_most("max_num_seqs", max_num_seqs, min(m.dims.seqs, m.dims.rows)),
-                        blocks_per_seq=m.dims.blocks_per_seq, block_tokens=m.state.block_tokens,
-                        max_model_len=m.model.max_model_len, groups=tuple(Group.of(g) for g in m.state.groups),
-                        facts=m.dims.facts, rows=m.dims.rows)
+        limits = Limits.of(m, _at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
+                           _at_most("max_num_seqs", max_num_seqs, min(m.dims.seqs, m.dims.rows)))
+        config = None if speculative is None else SpeculativeConfig.of(speculative)
+        if config is not None:
+            check_speculation(limits, m.model.name)
         self.tokenizer = open_tokenizer(self.artifact)
         self.chat_template = ChatTemplate.of(self.artifact)
         self._verify_rest()
         self.device: Device
-        if m.chip.driver == "none":
-            budget = default_memory(m) if memory_bytes is None else memory_bytes
-            self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads)
-        else:
-            self.device = GpuDevice(self.artifact, memory_bytes=memory_bytes, ordinal=gpu)
-        salt = m.files[m.weights.file].blake3.encode()
+        self._opened: list[Device | Proposer | Tiers] = []
         try:
+            budget = default_memory(m) if memory_bytes is None and m.chip.driver == "none" else memory_bytes
+            proposer = None if config is None else self._open_proposer(config, memory_bytes, threads, gpu, enable_prefix_caching)
+            if isinstance(proposer, DraftModel) and memory_bytes is not None:
+                budget = memory_bytes - proposer.bytes
+            if m.chip.driver == "none":
+                self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads)
+            else:
+                self.device = GpuDevice(self.artifact, memory_bytes=budget, ordinal=gpu)
+            self._opened.append(self.device)
+            salt = m.files[m.weights.file].blake3.encode()
             tiers = Tiers(m.state.bytes_per_block, RamStore(ram_bytes) if ram_bytes else None, None if state_dir is None
                           else DiskStore(state_dir, self.artifact.identity, m.state.bytes_per_block, disk_bytes))
+            self._opened.append(tiers)
         except BaseException:
-            self.device.close()
+            self.close()
             raise
         self.engine = Engine(self.device, limits, m.model.vocab_size, self.tokenizer, m.model.eos_token_ids,
-                             enable_prefix_caching, salt, seed, tiers)
+                             enable_prefix_caching, salt, seed, tiers, proposer=proposer)
         self._count = 0
+
+    def _open_proposer(self, config: SpeculativeConfig, memory_bytes: int | None, threads: int | None, gpu: int,
+                       prefix_caching: bool) -> Proposer:
+        if config.model is None:
+            return NgramProposer(config)
+        draft = Artifact.open(Path(config.model))
+        m = draft.manifest
+        budget = default_memory(m) if memory_bytes is None else shared_memory(self.manifest, m, memory_bytes)
+        opened = DraftModel.open(draft, self.artifact, config.num_speculative_tokens, budget, threads, gpu, prefix_caching)
+        self._opened.append(opened)
+        return opened
 
     def _verify_rest(self) -> None:
         """Hash the files that nothing here reads, too: an artifact is whole or refused."""
@@ -169,8 +190,8 @@ class LLM:
 
     def close(self) -> None:
         """Give threads, memory and the folder of state back."""
-        self.engine.tiers.close()
-        self.device.close()
+        for each in reversed(self._opened):
+            each.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -178,6 +199,14 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
+
+
+def shared_memory(m: Manifest, draft: Manifest, memory_bytes: int) -> int:
+    """Bytes of `memory_bytes` for a draft model, so that its state holds as many tokens as that of the model it drafts for."""
+    fixed, each = [memory_needed(x, 0)[0] for x in (m, draft)], [x.state.bytes_per_block / x.state.block_tokens * sum(
+        g.tables for g in x.state.groups) for x in (m, draft)]
+    left = max(0, memory_bytes - sum(fixed))
+    return min(fixed[1] + int(left * each[1] / sum(each)), default_memory(draft))
 
 
 def default_memory(m: Manifest) -> int:

@@ -17,7 +17,8 @@ class Sequence:
     """One sample of a request: its tokens, and which of them are in the cache.
 
     `computed` tokens have state in what is `held` of each group, which has `room` for so many without a change;
-    `keys` are the hashes of the full blocks among them.
+    `keys` are the hashes of the full blocks among them. `draft` are guesses of what comes after `tokens`, to be checked in
+    the next step. Of `tokens`, the last `speculated` may still be taken back.
     """
 
     request: Request
@@ -28,6 +29,8 @@ class Sequence:
     room: int = 0
     held: list[Held] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    speculated: int = 0
     facts: Facts | None = None
     guide: Guide | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from inferloom.runtime.blocks import BlockPool
 from inferloom.runtime.facts import PREFIX_LEN
+from inferloom.runtime.manifest import Manifest
 from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.request import Sequence
 from inferloom.runtime.state import ALL_KEYS, Blocks, Group, Held
@@ -33,6 +34,13 @@ class Limits:
     facts: tuple[str, ...] = ()
     rows: int | None = None
 
+    @classmethod
+    def of(cls, m: Manifest, tokens: int | None = None, seqs: int | None = None) -> Limits:
+        """Those that an artifact was compiled for, or fewer tokens and sequences."""
+        return cls(m.dims.tokens if tokens is None else tokens, min(m.dims.seqs, m.dims.rows) if seqs is None else seqs,
+                   m.dims.blocks_per_seq, m.state.block_tokens, m.model.max_model_len,
+                   tuple(Group.of(g) for g in m.state.groups), m.dims.facts, m.dims.rows)
+
     @property
     def whole_prompts(self) -> bool:
         """Whether a prompt must be computed in one step."""
@@ -42,11 +50,11 @@ class Limits:
 @dataclass(slots=True)
 class Work:
     """`count` tokens of a sequence from its first uncomputed one. Logits are wanted of the positions `scored`, and of the
-    last if this `samples`, since it reaches the sequence's end."""
+    last `samples` tokens: of none, if this does not reach the sequence's end; else of the end and the drafts behind it."""
 
     sequence: Sequence
     count: int
-    samples: bool
+    samples: int
     scored: range
 
 
@@ -93,6 +101,8 @@ class Scheduler:
             if not sequence.running or count < 1:
                 continue  # preempted by one before it, or no room left
             if sequence.computed + count <= sequence.room or self._grow(sequence, count):
+                if sequence.draft:
+                    count += self._speculate(sequence, budget - decoding - count)
                 work.append(self._work(sequence, count))
                 budget -= count
         while self.waiting and budget > 0 and self._rows > 0 and len(self.running) < self.limits.seqs:
@@ -121,10 +131,24 @@ class Scheduler:
         whole = end // size * size - sequence.computed
         return whole if self.recurrent and self.cache is not None and whole > 0 else count
 
+    def _speculate(self, sequence: Sequence, most: int) -> int:
+        """How many of its drafts a decoding sequence may check, `most` at most: guesses preempt nobody."""
+        room = sequence.room - len(sequence.tokens)
+        count = min(len(sequence.draft), most, self._rows)
+        if count > room:
+            missing = self._missing(sequence, 1 + count)
+            if missing and self.pool.available - missing < len(self.running):
+                count = max(room, 0)
+            else:
+                self._extend(sequence, 1 + count)
+        del sequence.draft[count:]
+        return count
+
     def _work(self, sequence: Sequence, count: int) -> Work:
         """The sequence's part of the step, for which it takes rows besides the one it has."""
-        made = Work(sequence, count, sequence.computed + count == len(sequence.tokens), sequence.rows(count))
-        self._rows -= max(len(made.scored) + made.samples - 1, 0)
+        samples = max(sequence.computed + count - len(sequence.tokens) + 1, 0)
+        made = Work(sequence, count, samples, sequence.rows(count))
+        self._rows -= max(len(made.scored) + samples - 1, 0)
         return made
 
     def finish(self, work: list[Work]) -> None:
@@ -137,7 +161,8 @@ class Scheduler:
             sequence.computed += item.count
             if self.recurrent:
                 self._move(sequence)
-            while self.cache is not None and (len(sequence.keys) + 1) * size <= sequence.computed:
+            sure = min(sequence.computed, len(sequence.tokens) - sequence.speculated)
+            while self.cache is not None and (len(sequence.keys) + 1) * size <= sure:
                 at = len(sequence.keys)
                 before = sequence.keys[-1] if at else self.root(sequence)
                 key = self.cache.key(before, sequence.tokens[at * size:(at + 1) * size])
@@ -228,8 +253,9 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back blocks that no token from here on sees."""
+        sure = min(sequence.computed, len(sequence.tokens) - sequence.speculated)
         for group, held in zip(self.limits.groups, sequence.held, strict=True):
-            first = min(group.first(sequence.computed, self.limits.block_tokens), len(held.blocks))
+            first = min(group.first(sure, self.limits.block_tokens), len(held.blocks))
             self._give_back(held.blocks[:first])
             held.blocks[:first] = [None] * first
 
@@ -239,7 +265,7 @@ class Scheduler:
 
     def _more(self, group: Group, held: Held, sequence: Sequence, count: int) -> int:
         if not group.recurrent:
-            return -(-(sequence.computed + count) // self.limits.block_tokens) - len(held.blocks)
+            return max(0, -(-(sequence.computed + count) // self.limits.block_tokens) - len(held.blocks))
         # A state that others may find is read, but the new one goes elsewhere.
         (now,) = held.blocks or [None]
         return int(now is None or any(self.pool.is_cached(b) or self.pool.references(b) > 1 for b in now))
@@ -265,7 +291,8 @@ class Scheduler:
         for held in sequence.held:
             # Last block first, so that the start of a prefix outlives its end in the cache.
             self._give_back([held.next, *reversed(held.blocks)])
-        sequence.held, sequence.keys, sequence.computed, sequence.room, sequence.running = [], [], 0, 0, False
+        sequence.held, sequence.keys, sequence.draft = [], [], []
+        sequence.computed, sequence.room, sequence.running = 0, 0, False
 
     def check_integrity(self) -> None:
         """Raise ValueError unless blocks, queues and counts agree."""

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from inferloom.runtime.manifest import Kernel
 
-#: What a step consists of, in order. "kernels" is the call into the device; the rest is Python.
+#: What a step consists of, in order. "kernels" is the call into the device; the rest is Python. Where there are drafts,
+#: "draft" comes first.
 PHASES = ("schedule", "batch", "inputs", "kernels", "sample", "outputs")
 
 

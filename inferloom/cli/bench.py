@@ -30,21 +30,27 @@ def bench(
     chip: options.Chip = "cpu",
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
+    speculative: options.Speculative = None,
+    num_speculative_tokens: options.SpeculativeTokens = None,
     json_: options.Json = False,
 ) -> None:
     """Measure decode, prefill, load time and memory, as ratios to this machine's ceilings."""
     set_json(json_)
     from inferloom.benchmarks.bench import bench as measure
     from inferloom.benchmarks.profile import profile as measure_steps
+    from inferloom.llm import resolve_draft
 
     sizes = options.parse_counts(batches)
     show = _show_steps if profile or trace is not None else _show
     with progress(f"measuring {model}") as report:
-        path = resolve(model, options.compile_options(chip, dtype, max_model_len), report)
+        wanted = options.compile_options(chip, dtype, max_model_len)
+        path = resolve(model, wanted, report)
+        drafts = resolve_draft(options.speculative(speculative, num_speculative_tokens), wanted, report)
         if profile or trace is not None:
-            made = measure_steps(path, threads, sizes, trace)
+            made = measure_steps(path, threads, sizes, trace, drafts)
         else:
-            made = measure(path, threads or len(os.sched_getaffinity(0)), runs, sizes, ceilings, report)
+            made = measure(path, threads or len(os.sched_getaffinity(0)), runs, sizes, ceilings, report,
+                           drafts)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
@@ -70,8 +76,8 @@ def _show_steps(made: dict[str, Any]) -> None:
     out.print(f"{made['model']['name']} {made['model']['dtype']}: median decode step in microseconds")
     for step in made["batches"]:
         total = step["python"] + step["phases"]["kernels"]
-        rows = table(f"batch {step['batch']}, {step['steps']} steps", "phase or kernel", "kind", "calls", "us", "share",
-                     right=("calls", "us", "share"))
+        title = f"batch {step['batch']}, {step['steps']} steps, {step['tokens_per_step']:.1f} tokens a step"
+        rows = table(title, "phase or kernel", "kind", "calls", "us", "share", right=("calls", "us", "share"))
         for name, us in step["phases"].items():
             rows.add_row(name, "phase", "", f"{us:.1f}", f"{us / total:.1%}")
         rows.add_row("all but kernels", "", "", f"{step['python']:.1f}", f"{step['python'] / total:.1%}", end_section=True)

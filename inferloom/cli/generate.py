@@ -47,6 +47,8 @@ def run(
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
+    speculative: options.Speculative = None,
+    num_speculative_tokens: options.SpeculativeTokens = None,
     json_: options.Json = False,
 ) -> None:
     """Continue PROMPT. A checkpoint is compiled on first use, into the cache."""
@@ -58,6 +60,7 @@ def run(
                               "min_p": min_p, "seed": seed, "n": n, "stop": tuple(stop or ()), "logprobs": logprobs}
     start = time.perf_counter()
     arguments = _arguments(chip, dtype, max_model_len, threads, gpu, memory)
+    arguments["speculative"] = options.speculative(speculative, num_speculative_tokens)
     from inferloom.llm import LLM, SamplingParams
 
     wanted = SamplingParams(**params)
@@ -84,7 +87,7 @@ def run(
         sys.stdout.write("\n")
     if stats:
         first = stream.first - loaded if stream is not None and stream.first is not None else None
-        _say_stats(loaded - start, first, ended - loaded, len(result.prompt_token_ids), made)
+        _say_stats(loaded - start, first, ended - loaded, len(result.prompt_token_ids), made, llm.stats)
 
 
 @contextmanager
@@ -134,6 +137,8 @@ def chat(
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
+    speculative: options.Speculative = None,
+    num_speculative_tokens: options.SpeculativeTokens = None,
 ) -> None:
     """Talk with a model that has a chat template: /reset starts again, /exit (or end of input) leaves."""
     params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
@@ -142,7 +147,8 @@ def chat(
 
     wanted = SamplingParams(**params)
     with progress(f"loading {model}") as report:
-        llm = LLM(model, progress=report, **_arguments(chip, dtype, max_model_len, threads, gpu, memory))
+        llm = LLM(model, progress=report, speculative=options.speculative(speculative, num_speculative_tokens),
+                  **_arguments(chip, dtype, max_model_len, threads, gpu, memory))
     with llm:
         if llm.chat_template is None:
             raise UsageError(f"{model} has no chat template; use `inferloom run`")
@@ -195,11 +201,13 @@ def _logprobs(steps: Any) -> Any:
             for step in steps]
 
 
-def _say_stats(load: float, first: float | None, total: float, prompt: int, made: int) -> None:
+def _say_stats(load: float, first: float | None, total: float, prompt: int, made: int, engine: Any) -> None:
     parts = [f"load {load:.2f} s", f"prompt {prompt} tokens"]
     if first is not None:
         parts.append(f"first token {first * 1000:.0f} ms")
         if made > 1:
             parts.append(f"then {(made - 1) / (total - first):.1f} tok/s")
     parts.append(f"{made} tokens in {total:.2f} s")
+    if engine.drafted:
+        parts.append(f"{engine.accepted} of {engine.drafted} drafts accepted, {made / engine.steps:.2f} tokens a step")
     err.print(f"[dim]{', '.join(parts)}[/]")

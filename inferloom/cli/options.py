@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,11 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=Fa
 Gpu = Annotated[int, typer.Option("--gpu", min=0, help="Number of the GPU, for artifacts of one.")]
 Memory = Annotated[str | None, typer.Option("--memory", show_default=False, metavar="BYTES",
                                             help="Memory budget, e.g. 4GiB; part of what is free if not given.")]
+Speculative = Annotated[str | None, typer.Option("--speculative", show_default=False, metavar="ngram|MODEL",
+                                                 help="Draft tokens and check several at once: from the text itself, or "
+                                                      "with a smaller model of the same tokenizer.")]
+SpeculativeTokens = Annotated[int | None, typer.Option("--num-speculative-tokens", min=1, show_default=False,
+                                                       help="Most tokens drafted at once; 4 if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -71,3 +76,14 @@ def parse_counts(text: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"{text!r} is not a list of counts; write for example 1,4,16")
     return tuple(int(part) for part in parts)
+
+
+def speculative(method: str | None, tokens: int | None) -> Any:
+    """A `SpeculativeConfig`, or None. Raises `UsageError` for a number without a method."""
+    if method is None:
+        if tokens is not None:
+            raise UsageError("--num-speculative-tokens needs --speculative")
+        return None
+    from inferloom.runtime.speculative import SpeculativeConfig
+
+    return SpeculativeConfig.of(method, tokens)

@@ -1,9 +1,9 @@
-"""Same tokens, same bits: on the demo model, a request's logits are those of the request run alone."""
+"""Same tokens, same bits: on the demo model, a request's logits are those of the request run alone, with drafts or not."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,26 @@ import numpy as np
 import pytest
 
 from inferloom.runtime.device.base import StepBatch, check_batch
+from inferloom.runtime.draft_model import DraftModel
 from inferloom.runtime.engine import Engine
 from inferloom.runtime.llm import LLM
 from inferloom.runtime.params import SamplingParams
-from inferloom.runtime.request import Request
 from inferloom.runtime.scheduler import Limits, Work
+from inferloom.runtime.speculative import NgramProposer, Proposer, SpeculativeConfig
 
 TRACES = 100
 
 
 class Recording(Engine):
-    """Keeps every row of logits that a sequence was sampled from."""
+    """Keeps every row of logits that a token of a sequence was sampled from."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.rows: dict[str, list[np.ndarray]] = {}
 
-    def _sample(self, work: list[Work], logits: np.ndarray) -> Iterable[Request]:
-        for item, row in zip([w for w in work if w.samples], logits, strict=True):
-            self.rows.setdefault(item.sequence.request.id, []).append(row.copy())
-        return super()._sample(work, logits)
+    def _next(self, item: Work, logits: Any, row: int, *rest: Any) -> Any:
+        self.rows.setdefault(item.sequence.request.id, []).append(logits[row].copy())
+        return super()._next(item, logits, row, *rest)
 
 
 class Fewer:
@@ -48,21 +48,32 @@ class Fewer:
         return getattr(self._device, name)
 
 
-@pytest.fixture(scope="module", params=["demo_fp32", "demo_bf16", "demo_int8", "demo_int4"])
-def llm(request: pytest.FixtureRequest) -> LLM:
-    path: Path = request.getfixturevalue(request.param)
-    return LLM(path, memory_bytes=600 * 2**20)
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4"])
+def models(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, LLM]]:
+    """The demo model, and the same in another precision to draft for it."""
+    paths = [request.getfixturevalue(f"demo_{name}") for name in (request.param, "fp32" if request.param == "bf16" else "bf16")]
+    with LLM(paths[0], memory_bytes=600 * 2**20) as llm, LLM(paths[1], memory_bytes=600 * 2**20, threads=1) as draft:
+        yield llm, draft
 
 
-def engine(llm: LLM, tokens: int, seqs: int, blocks: int, caching: bool) -> Recording:
+def engine(llm: LLM, tokens: int, seqs: int, blocks: int, caching: bool, proposer: Proposer | None = None) -> Recording:
     m = llm.manifest
-    limits = Limits(tokens, seqs, m.dims.blocks_per_seq, m.state.block_tokens, m.model.max_model_len)
-    return Recording(Fewer(llm.device, blocks), limits, m.model.vocab_size, None, (), caching, b"", 0)
+    limits = Limits.of(m, tokens, seqs)
+    return Recording(Fewer(llm.device, blocks), limits, m.model.vocab_size, None, (), caching, b"", 0, proposer=proposer)
 
 
-def test_logits_are_bit_equal_to_running_alone(llm: LLM) -> None:
+def drafts(kind: str, draft: LLM, count: int, caching: bool) -> Proposer | None:
+    if kind == "ngram":
+        return NgramProposer(SpeculativeConfig("ngram", count, prompt_lookup_min=1))
+    vocabulary = draft.manifest.model.vocab_size
+    return None if kind == "none" else DraftModel(draft.device, Limits.of(draft.manifest), vocabulary, vocabulary, count,
+                                                  caching)
+
+
+def test_logits_are_bit_equal_to_running_alone(models: tuple[LLM, LLM]) -> None:
+    llm, draft = models
     text = llm.encode(Path(__file__).read_text())
-    preemptions = hits = 0
+    preemptions = hits = accepted = rejected = 0
     for seed in range(TRACES):
         r = random.Random(seed)
         start = r.randrange(len(text) - 200)
@@ -71,15 +82,17 @@ def test_logits_are_bit_equal_to_running_alone(llm: LLM) -> None:
             prompt = text[start:start + r.randrange(1, 90)] + text[i * 7:i * 7 + r.randrange(1, 9)]
             requests[str(i)] = prompt, SamplingParams(temperature=r.choice([0, 1]), seed=i, ignore_eos=True,
                                                       max_tokens=r.randrange(1, 8))
-        batched = engine(llm, r.choice([3, 17, 64, 300]), r.randrange(1, 5), r.randrange(5, 16), r.random() < 0.7)
+        proposer = drafts(r.choice(["none", "ngram", "model"]), draft, r.randrange(1, 5), r.random() < 0.5)
+        batched = engine(llm, r.choice([3, 17, 64, 300]), r.randrange(1, 5), r.randrange(5, 16), r.random() < 0.7, proposer)
         waiting = list(requests)
         while waiting or batched.has_unfinished:
             if waiting and (r.random() < 0.5 or not batched.has_unfinished):
                 name = waiting.pop(0)
                 batched.add_request(name, *requests[name])
             batched.step()
-        preemptions += batched.stats().preemptions
-        hits += batched.stats().prefix_hits
+        stats = batched.stats()
+        preemptions, hits = preemptions + stats.preemptions, hits + stats.prefix_hits
+        accepted, rejected = accepted + stats.accepted, rejected + stats.drafted - stats.accepted
         for name, (prompt, params) in requests.items():
             alone = engine(llm, 2048, 1, 16, False)
             alone._arrivals = iter([int(name)])  # type: ignore[assignment]
@@ -89,4 +102,4 @@ def test_logits_are_bit_equal_to_running_alone(llm: LLM) -> None:
             got, want = batched.rows[name], alone.rows[name]
             assert len(got) == len(want) and all(np.array_equal(g, w) for g, w in zip(got, want, strict=True)), (
                 f"trace {seed}, request {name}")
-    assert preemptions > 0 and hits > 0
+    assert preemptions > 0 and hits > 0 and accepted > 50 and rejected > 50
