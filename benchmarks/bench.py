@@ -84,7 +84,7 @@ class _Bench:
 
         def generate(prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
             made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
-            return [m.outputs[0].token_ids for m in made]
+            return [tuple(m.outputs[0].token_ids) for m in made]
 
         work = Work(generate, 3, self.manifest["model"]["vocab_size"])
         work.generate(1, PROMPT, 4)

@@ -26,7 +26,7 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
         made = self.llm.generate(prompts, _greedy(new))
-        return [m.outputs[0].token_ids for m in made]
+        return [tuple(m.outputs[0].token_ids) for m in made]
 
     def decode_at(self, context: int, batch: int, steps: int) -> float:
         """Tokens a second of sequences that already have `context` tokens, over steps of the device alone.
