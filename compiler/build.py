@@ -24,6 +24,7 @@ from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
 from inferloom.compiler.plan import Placement, Plan, Rows, align, plan_memory, tensor_bytes
 from inferloom.compiler.plugins import Plugin
+from inferloom.compiler.quantization.keep import keep
 from inferloom.compiler.quantization.recipe import Recipe, recipe
 from inferloom.compiler.quantization.scheme import Scheme
 from inferloom.compiler.report import Report
@@ -151,9 +152,10 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     say("running passes")
     wanted = target.lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
-    stored = {} if model.quantized is None else {
-        source: scheme for source, scheme in model.quantized.schemes.items()
-        if (scheme.format, scheme.activations) in wanted.quantized}
+    stored, kept = keep(None if options.recipe.unpack else model.quantized, wanted.quantized)
+    for note in kept:
+        say(f"note: {note}")
+        report.fused(note)
     graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, wanted.prologue,
                                        options.block_tokens, options.max_tokens, options.max_seqs, blocks,
                                        options.plugins, wanted.inputs.get(DTYPES[options.dtype]),

@@ -83,7 +83,7 @@ def steps(options: Options) -> tuple[Step, ...]:
         Step("recognize-norm", recognize_norm.run, "model", "before merging, which looks at who reads a norm"),
         Step("recognize-rotary", recognize_rotary.run, "model", "needs shared cos and sin"),
         Step("recognize-activation", recognize_activation.run, "model", "merge-linear looks for gated activations"),
-        Step("merge-linear", partial(merge_linear.run, gate_columns=options.gate_columns), "model",
+        Step("merge-linear", partial(merge_linear.run, gate_columns=options.gate_columns, stored=options.recipe.stored), "model",
              "needs one shared input value, so it follows cse"),
         Step("canonicalize-2", canonicalize.run, "model", "merging leaves slices and reshapes behind"),
         Step("cse-2", cse.run, "model", "recognised ops may have become equal"),

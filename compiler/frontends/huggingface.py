@@ -22,6 +22,7 @@ from inferloom.compiler.frontends.conversion import named
 from inferloom.compiler.frontends.hf_config import fix_rope, model_length, position_limit, read_config, special_ids
 from inferloom.compiler.frontends.paths import TOKENIZER_FILES
 from inferloom.compiler.frontends.quantized.formats import config_beside, decode
+from inferloom.compiler.frontends.quantized.weight import QuantizedWeight
 from inferloom.compiler.frontends.skeleton import Stored, build_skeleton
 from inferloom.compiler.frontends.weights import (
     CheckpointSource,
@@ -45,7 +46,7 @@ class TracedModel:
     """What a front end hands to the compiler.
 
     `weights` loads every source of `graph.params`; `max_model_len` is in tokens; `tokenizer_files` maps file
-    names to paths; `notes` say what a user should know (fallbacks, choices made while tracing). `quantized` are the
+    names to paths or contents; `notes` say what a user should know (fallbacks, choices made while tracing). `quantized` are the
     weights that are stored quantised; `weights` gives them, too, as the floats that they stand for.
     """
 
@@ -107,7 +108,15 @@ def trace_checkpoint(checkpoint: Checkpoint, max_model_len: int | None = None) -
     where = resolve(named(model, c.tensors), wanted, tied_names(model), c.where)
     return TracedModel(traced.imported.graph, CheckpointSource(where, traced.imported.buffers), c.name, type(model).__name__,
                        int(config.vocab_size), length, c.eos_token_ids, c.bos_token_id, dict(c.tokenizer_files),
-                       (*c.notes, *notes, *traced.notes))
+                       (*c.notes, *notes, *traced.notes), stored_weights(where))
+
+
+def stored_weights(where: Mapping[str, Tensor]) -> StoredWeights | None:
+    """Those of the parameters that the checkpoint holds quantised; None when there are none."""
+    held = {source: tensor for source, tensor in where.items() if isinstance(tensor, QuantizedWeight)}
+    return StoredWeights({source: weight.scheme for source, weight in held.items()}, lambda source: held[source].quantized(),
+                         {source: weight.stored_as for source, weight in held.items()},
+                         frozenset(source for source, weight in held.items() if not weight.exact)) if held else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

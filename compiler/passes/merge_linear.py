@@ -30,9 +30,11 @@ matmul kernel has both sides of the product at hand; a checkpoint that stores bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from inferloom.compiler.quantization.rows import row_sources
+from inferloom.compiler.quantization.scheme import Scheme
 from inferloom.compiler.report import Report
 from inferloom.compiler.rewrite import drop_dead_nodes, pointwise_cone, tensor
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
@@ -60,7 +62,9 @@ class _Merge:
     group: int = 0
 
 
-def run(graph: Graph, report: Report | None = None, gate_columns: int = GATE_COLUMNS) -> Graph:
+def run(graph: Graph, report: Report | None = None, gate_columns: int = GATE_COLUMNS,
+        stored: Mapping[str, Scheme] | None = None) -> Graph:
+    """`stored`: schemes of weights that are stored quantised, by source; those of one input are joined if they are alike."""
     report = report or Report()
     original, graph = graph, _constants_first(graph)
     constants, users, producers = graph.constants(), graph.users(), graph.producers()
@@ -80,10 +84,13 @@ def run(graph: Graph, report: Report | None = None, gate_columns: int = GATE_COL
         merges[first] = _Merge(pair, gate_columns)
         taken.update(p.linear for p in pair)
         report.fused(f"gate and up projection into one linear of {2 * width} interleaved columns", node.loc)
-    by_input: dict[Value | None, list[Node]] = {}
+    by_input: dict[tuple[Value | None, frozenset[Scheme | None]], list[Node]] = {}
+    sources = {p.value: p.source for p in graph.params}
     for node in linears:
         if node not in taken:
-            by_input.setdefault(node.operands[0], []).append(node)
+            names = row_sources(_operand(node, 1), producers, sources) or ()
+            kinds = frozenset((stored or {}).get(name) for name in names)
+            by_input.setdefault((node.operands[0], kinds or frozenset([None])), []).append(node)
     for group in by_input.values():
         if len(group) > 1:
             merges[group[0]] = _Merge(tuple(_whole(n) for n in group))

@@ -91,7 +91,7 @@ class _Quantizer:
         kept = sorted((s for s in schemes if s is not None), key=lambda s: s.name)
         if len(schemes) == 1:
             return kept[0]
-        made = Scheme("int8", activations=kept[0].activations)
+        made = Scheme("int8", min((s.group for s in kept if s.group), default=0), activations=kept[0].activations)
         self.report.skipped("keep the integers that the checkpoint stores", "weights of "
                             f"{', '.join([s.name for s in kept] + ['floats'] * (None in schemes))} were joined; they are "
                             f"rounded to {made}", node.loc)

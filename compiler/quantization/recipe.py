@@ -16,13 +16,14 @@ class Recipe:
     """Schemes of linear layers, of the LM head and of the token embedding; None leaves a layer as it is.
 
     `stored` are the schemes of weights that the checkpoint holds quantised, by the source of a graph's param: these keep
-    their integers, whatever the others say.
+    their integers, whatever the others say, unless `unpack`.
     """
 
     linear: Scheme | None = None
     head: Scheme | None = None
     embedding: Scheme | None = None
     stored: Mapping[str, Scheme] = field(default_factory=dict)
+    unpack: bool = False
 
     @property
     def active(self) -> bool:
@@ -39,15 +40,15 @@ def recipe(quant: str | None, head: str | None = None, embedding: str | None = N
     """The recipe of the options `--quant`, `--quant-head`, `--quant-embedding`: names of schemes, "none", or None.
 
     Head and embedding without an option of their own are quantised as the other layers are, but to 8 bits where these
-    get 4: a vocabulary's rows stand for themselves, and nothing evens out what is wrong with one. UnsupportedError on a
-    name that is not known.
+    get 4: a vocabulary's rows stand for themselves, and nothing evens out what is wrong with one. `quant` "none" unpacks
+    what the checkpoint stores quantised, too. UnsupportedError on a name that is not known.
     """
     linear = _scheme(quant)
     usual = linear
     if linear is not None and linear.format == "int4":
         usual = Scheme("int8", activations=linear.activations)
     return Recipe(linear, usual if head is None else _scheme(head), usual if embedding is None else _scheme(embedding),
-                  dict(stored or {}))
+                  dict(stored or {}), unpack=quant == NONE)
 
 
 def _scheme(name: str | None) -> Scheme | None:

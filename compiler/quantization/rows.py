@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,11 +19,14 @@ StoredReader = Callable[[str], QuantizedTensor | None]
 class StoredWeights:
     """The weights that a checkpoint holds quantised: the scheme of each, by source, and how to read one.
 
-    `read` is called for one source after another, while the artifact is written.
+    `read` is called for one source after another, while the artifact is written. `names` says what the checkpoint calls
+    the form of each, `rounded` which of them `read` rounds anew, since no scheme has the checkpoint's own integers.
     """
 
     schemes: Mapping[str, Scheme]
     read: Callable[[str], QuantizedTensor]
+    names: Mapping[str, str] = field(default_factory=dict)
+    rounded: Set[str] = frozenset()
 
     def get(self, source: str) -> QuantizedTensor | None:
         return self.read(source) if source in self.schemes else None

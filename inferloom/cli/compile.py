@@ -77,7 +77,7 @@ def _loss(artifact: Path, checkpoint: Path, max_model_len: int | None, passes: S
 
     with progress("measuring the loss") as report:
         report("compiling the reference in fp32")
-        wanted = CompileOptions(dtype="fp32", max_model_len=max_model_len, passes=tuple(passes or ()))
+        wanted = CompileOptions(dtype="fp32", max_model_len=max_model_len, passes=tuple(passes or ()), quant="none")
         reference = compile_cached(checkpoint, wanted, report)
         report("reading the text with both")
         return report_loss(artifact, reference, text)

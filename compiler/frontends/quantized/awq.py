@@ -63,7 +63,7 @@ def _module(module: str, stored: Mapping[str, Tensor], group: object) -> Quantiz
         offsets = None if symmetric else scale * (8 - _values(qzeros).astype(np.int32).T).astype(np.float32)
         return Integers(np.ascontiguousarray(centred(_values(qweight), BITS).T), scale, offsets)
 
-    return quantized_weight((n, k), "int4", groups, symmetric, f"AWQ int4 in {groups} groups", integers)
+    return quantized_weight((n, k), "int4", groups, symmetric, f"AWQ int4 in groups of {k // groups}", integers)
 
 
 def _values(words: Tensor) -> np.ndarray:

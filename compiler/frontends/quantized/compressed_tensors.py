@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from inferloom.compiler.frontends.quantized.weight import Integers, QuantizedWeight, quantized_weight
+from inferloom.compiler.frontends.quantized.weight import Integers, QuantizedWeight, quantized_weight, spread
 from inferloom.compiler.frontends.quantized.words import centred, unpack
 from inferloom.compiler.frontends.weights import Tensor
 from inferloom.compiler.quantization.scheme import Activations
@@ -128,7 +128,7 @@ def _module(module: str, stored: Mapping[str, Tensor], group: Group, notes: dict
     if weight.dtype != wanted or (packed is not None and group.float):
         raise UnsupportedError(f"{module} is stored as {weight.dtype}; {group.name} has {wanted}")
     n, k = weight.shape if packed is None else _shape(module, stored, weight, group.bits)
-    scales = _grid(module, scale.read().astype(np.float32), n, k, group)
+    scales = spread(module, scale.read().astype(np.float32), n, k, group.rows, group.size)
     groups = scales.shape[1]
     if (zero is None) != group.symmetric and zero is None:
         raise UnsupportedError(f"{module} lacks weight_zero_point, and is not symmetric")
@@ -144,7 +144,7 @@ def _module(module: str, stored: Mapping[str, Tensor], group: Group, notes: dict
         return Integers(values, scales, None if points is None else -points * scales, columns)
 
     return quantized_weight((n, k), "fp8" if group.float else "int8" if group.bits == 8 else "int4", groups,
-                            points is None, f"{group.name} in {groups} groups{'' if columns is None else ' by g_idx'}", integers,
+                            points is None, f"{group.name}{'' if columns is None else ' by g_idx'}", integers,
                             in_order=columns is None, activations=group.activations)
 
 
@@ -155,16 +155,6 @@ def _shape(module: str, stored: Mapping[str, Tensor], packed: Tensor, bits: int)
     if len(given) != 2 or given[0] != packed.shape[0] or packed.shape[1] != -(-given[1] * bits // 32):
         raise UnsupportedError(f"{module}: weight_packed {list(packed.shape)} does not hold a weight of shape {given}")
     return given[0], given[1]
-
-
-def _grid(module: str, scale: np.ndarray, n: int, k: int, group: Group) -> np.ndarray:
-    """The scale of each group of each row, f32 [n, groups]."""
-    rows, size = group.rows or n, group.size or k
-    high, wide = -(-n // rows), -(-k // size)
-    if scale.shape not in ((high, wide), (high,) * (wide == 1), ()) or scale.size != high * wide:
-        raise UnsupportedError(f"{module}: weight_scale is {list(scale.shape)}; {group.name} of a weight [{n}, {k}] has "
-                               f"{[high, wide]}")
-    return np.repeat(scale.reshape(high, wide), rows, axis=0)[:n]
 
 
 def _points(module: str, zero: Tensor, group: Group, n: int, shape: tuple[int, ...], packed: bool) -> np.ndarray:

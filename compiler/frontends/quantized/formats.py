@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from inferloom.compiler.frontends.quantized import awq, compressed_tensors, gptq
+from inferloom.compiler.frontends.quantized import awq, compressed_tensors, fp8, gptq
 from inferloom.compiler.frontends.weights import Tensor
 from inferloom.ir.errors import UnsupportedError
 
 Decoder = Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[dict[str, Tensor], tuple[str, ...]]]
-DECODERS: dict[str, Decoder] = {"gptq": gptq.decode, "awq": awq.decode, "compressed-tensors": compressed_tensors.decode}
+DECODERS: dict[str, Decoder] = {"gptq": gptq.decode, "awq": awq.decode, "compressed-tensors": compressed_tensors.decode,
+                               "fp8": fp8.decode}
 #: A quantisation config in a file of its own (AutoGPTQ).
 BESIDE = "quantize_config.json"
 

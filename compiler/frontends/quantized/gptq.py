@@ -81,8 +81,8 @@ def _module(module: str, stored: Mapping[str, Tensor], form: str, mixed: bool, b
         offsets = None if symmetric else scale * (2 ** (bits - 1) - _zeros(qzeros, form, bits).T).astype(np.float32)
         return Integers(np.ascontiguousarray(values), scale, offsets, None if in_order else columns)
 
-    return quantized_weight((n, k), "int8" if bits == 8 else "int4", groups, symmetric,
-                            f"GPTQ int{bits} in {groups} groups{'' if in_order else ' by g_idx'}", integers, in_order=in_order)
+    name = f"GPTQ int{bits} in groups of {group}{'' if in_order else ', scattered'}"
+    return quantized_weight((n, k), "int8" if bits == 8 else "int4", groups, symmetric, name, integers, in_order=in_order)
 
 
 def _zeros(qzeros: Tensor, form: str, bits: int) -> np.ndarray:

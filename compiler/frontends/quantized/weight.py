@@ -13,6 +13,7 @@ import numpy as np
 
 from inferloom.compiler.quantization.scheme import GROUPS, Activations, Format, Scheme
 from inferloom.compiler.quantization.tensor import QuantizedTensor, quantize
+from inferloom.ir.errors import UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +44,16 @@ class Integers:
         """The weight with its rows in another order."""
         return Integers(self.values[order], self.scales[order], None if self.offsets is None else self.offsets[order],
                         self.columns)
+
+
+def spread(module: str, scale: np.ndarray, n: int, k: int, rows: int, columns: int) -> np.ndarray:
+    """The scale of each group of each row, f32 [n, groups], of a weight with one for each `rows` x `columns` (0: all)."""
+    rows, columns = rows or n, columns or k
+    high, wide = -(-n // rows), -(-k // columns)
+    if scale.shape not in ((high, wide), (high,) * (wide == 1), ()) or scale.size != high * wide:
+        raise UnsupportedError(f"{module}: the scales are {list(scale.shape)}; a weight [{n}, {k}] in blocks of "
+                               f"{rows} x {columns} has {[high, wide]}")
+    return np.repeat(scale.reshape(high, wide), rows, axis=0)[:n]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,14 +87,14 @@ class QuantizedWeight:
         values = found.values if found.values.dtype == np.int8 else found.values.view(np.int8)
         repeat = groups // found.scales.shape[1]  # a group of 256 is two of 128 with the same scale
 
-        def spread(array: np.ndarray) -> np.ndarray:
+        def repeated(array: np.ndarray) -> np.ndarray:
             return np.repeat(array, repeat, axis=1) if repeat > 1 else array
 
         offsets = found.offsets
         if offsets is None and not self.scheme.symmetric:
             offsets = np.zeros_like(found.scales)
-        return QuantizedTensor(np.ascontiguousarray(values), spread(found.scales), None if offsets is None else spread(offsets),
-                               self.scheme)
+        return QuantizedTensor(np.ascontiguousarray(values), repeated(found.scales),
+                               None if offsets is None else repeated(offsets), self.scheme)
 
 
 def quantized_weight(shape: tuple[int, int], format: Format, groups: int, symmetric: bool, stored_as: str,

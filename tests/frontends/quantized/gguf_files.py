@@ -59,6 +59,42 @@ def blocks(kind: str, rows: int, columns: int, seed: int = 0) -> bytes:
     return raw.tobytes()
 
 
+def q4_k(weight: np.ndarray) -> np.ndarray:
+    """Blocks u8 [n, bytes] of a weight: for each 32 numbers 6 bits of a scale and of a minimum, for 256 an f16 of both."""
+    groups = weight.reshape(-1, 8, 32).astype(np.float64)
+    low = np.minimum(groups.min(axis=2), 0)
+    scales = (groups.max(axis=2) - low) / 15
+    d, least = (np.float16(a.max(axis=1) / 63) for a in (scales, -low))
+    sc, mn = (np.rint(a / np.maximum(b[:, None].astype(float), 1e-9)).astype(np.uint8) for a, b in ((scales, d), (-low, least)))
+    step = d[:, None].astype(float) * sc
+    q = np.rint((groups + (least[:, None].astype(float) * mn)[:, :, None]) / np.maximum(step, 1e-9)[:, :, None])
+    q = q.clip(0, 15).astype(np.uint8)
+    packed = np.zeros((len(groups), 12), np.uint8)
+    for j in range(4):
+        packed[:, j] = sc[:, j] | (sc[:, j + 4] >> 4 << 6)
+        packed[:, j + 4] = mn[:, j] | (mn[:, j + 4] >> 4 << 6)
+        packed[:, j + 8] = (sc[:, j + 4] & 15) | (mn[:, j + 4] & 15) << 4
+    nibbles = (q[:, 0::2] | q[:, 1::2] << 4).reshape(len(groups), 128)
+    raw = np.concatenate((d[:, None].view(np.uint8), least[:, None].view(np.uint8), packed, nibbles), axis=1)
+    return raw.reshape(len(weight), -1)
+
+
+def q6_k(weight: np.ndarray) -> np.ndarray:
+    """Blocks u8 [n, bytes] of a weight: for each 16 numbers 8 bits of a scale, for 256 an f16 of these."""
+    groups = weight.reshape(-1, 16, 16).astype(np.float64)
+    scales = np.abs(groups).max(axis=2) / 31
+    d = np.float16(scales.max(axis=1) / 127)
+    sc = np.rint(scales / np.maximum(d[:, None].astype(float), 1e-9)).astype(np.int8)
+    q = np.rint(groups / np.maximum(d[:, None].astype(float) * sc, 1e-9)[:, :, None]).clip(-32, 31).astype(np.int64) + 32
+    q = q.reshape(len(groups), 256).astype(np.uint8)
+    low, high = np.zeros((len(groups), 128), np.uint8), np.zeros((len(groups), 64), np.uint8)
+    for i in range(256):
+        half, j = divmod(i, 128)
+        low[:, half * 64 + j % 64] |= (q[:, i] & 15) << (4 * (j // 64))
+        high[:, half * 32 + j % 32] |= (q[:, i] >> 4) << (2 * (j // 32))
+    return np.concatenate((low, high, sc.view(np.uint8), d[:, None].view(np.uint8)), axis=1).reshape(len(weight), -1)
+
+
 def llama_metadata(folder: Path, arch: str = "llama") -> dict[str, Any]:
     """What llama.cpp's converter would write of a Hugging Face checkpoint with a byte-level tokenizer."""
     c = json.loads((folder / "config.json").read_text())

@@ -79,12 +79,12 @@ def test_gptq_groups_that_have_no_kernel_are_rounded_to_finer_ones(tmp_path: Pat
     found, _ = one(GPTQ | {"group_size": 16}, makers.gptq("x", weight(), group=16), tmp_path)
     assert not found.exact and str(found.scheme) == "int8-g32-wo"
     found, _ = one(GPTQ | {"group_size": 64}, makers.gptq("x", weight(k=96), group=64), tmp_path)
-    assert not found.exact and "2 groups" in found.stored_as
+    assert not found.exact and found.stored_as == "GPTQ int4 in groups of 64, scattered"
 
 
 def test_gptq_in_the_order_of_activations(tmp_path: Path) -> None:
     found, notes = one(GPTQ | {"desc_act": True}, makers.gptq("x", weight(), order=scattered(96)), tmp_path)
-    assert not found.exact and "g_idx" in found.stored_as and "g_idx" in notes[0]
+    assert not found.exact and "scattered" in found.stored_as and "g_idx" in notes[0]
 
 
 def test_gptq_modules_of_their_own(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ PACKED = compressed("pack-quantized", 4, "group", 32)
         "a": PACKED["config_groups"]["group_0"] | {"targets": ["y"]}}}, lambda t: None, "no target of y"),
     (compressed("pack-quantized", 2, "channel"), lambda t: None, "int weights of 2 bits"),
     (compressed("pack-quantized", 4, "group", None), lambda t: None, "a scale for each"),
-    (compressed("pack-quantized", 4, "group", 48), lambda t: None, "weight_scale is"),
+    (compressed("pack-quantized", 4, "group", 48), lambda t: None, "the scales are"),
     (compressed("pack-quantized", 4, "group", 32, symmetric=False), lambda t: None, "lacks weight_zero_point"),
     (PACKED, lambda t: t.pop("x.weight_packed"), "no weight beside it"),
     (PACKED, lambda t: t.pop("x.weight_scale"), "a weight_scale is expected"),
@@ -239,13 +239,40 @@ def test_static_scales_of_activations_and_caches_are_said(tmp_path: Path) -> Non
     assert found.scheme.activations == "none" and "activations" in notes[0] and "KV cache" in notes[1]
 
 
+def test_fp8(tmp_path: Path) -> None:
+    made, _ = makers.by_channel("x", weight(10, 96), kind="float")
+    values = made["x.weight"].astype(np.float32)
+    scale = RNG.random((3, 3)).astype(np.float32)  # blocks of 4 x 32; the last rows are not whole
+    held = {"x.weight": made["x.weight"], "x.weight_scale_inv": scale, "x.input_scale": np.ones(1, np.float32)}
+    expected = np.array([[values[i, j] * scale[i // 4, j // 32] for j in range(96)] for i in range(10)], np.float32)
+    config = {"quant_method": "fp8", "weight_block_size": [4, 32]}
+    found, notes = one(config, (held, expected), tmp_path)
+    assert found.exact and str(found.scheme) == "fp8-g32" and "activations" in notes[0]
+    found, _ = one({"quant_method": "fp8"}, ({"x.weight": held["x.weight"], "x.weight_scale": scale[0, :1]},
+                                             values * scale[0, 0]), tmp_path)
+    assert found.exact and str(found.scheme) == "fp8"
+    for change, match in (({"weight_block_size": [4]}, "two numbers"), ({"weight_block_size": [4, 48]}, "the scales are")):
+        with pytest.raises(UnsupportedError, match=match):
+            decode(config | change, stored(held, tmp_path), tmp_path)
+    with pytest.raises(UnsupportedError, match="a matrix of fp8 weights"):
+        decode(config, stored({"x.weight": held["x.weight"]}, tmp_path), tmp_path)
+
+
 @pytest.mark.parametrize("method", ["bitsandbytes", ""])
 def test_unknown_methods_list_the_known_ones(method: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="gptq, awq, compressed-tensors"):
+    with pytest.raises(UnsupportedError, match="gptq, awq, compressed-tensors, fp8"):
         decode({"quant_method": method}, {}, tmp_path)
 
 
-CHECKPOINTS = {"gptq": (GPTQ | {"desc_act": False}, makers.gptq), "awq": (AWQ, makers.awq),
+def in_blocks(name: str, weight: np.ndarray) -> makers.Made:
+    made, _ = makers.by_channel(name, weight, kind="float")
+    scale = np.full((-(-weight.shape[0] // 16), -(-weight.shape[1] // 32)), 0.01, np.float32)
+    return {f"{name}.weight": made[f"{name}.weight"], f"{name}.weight_scale_inv": scale}, \
+        made[f"{name}.weight"].astype(np.float32) * np.float32(0.01)
+
+
+CHECKPOINTS = {"fp8": ({"quant_method": "fp8", "weight_block_size": [16, 32]}, in_blocks),
+               "gptq": (GPTQ | {"desc_act": False}, makers.gptq), "awq": (AWQ, makers.awq),
                "compressed-tensors": (PACKED, makers.packed)}
 
 
@@ -259,6 +286,14 @@ def test_whole_checkpoints(method: str, tiny_checkpoint: Path, tmp_path: Path) -
     assert sum("_proj" in s for s in sources) == 14
     for source in sources:
         assert np.array_equal(traced.weights.load(source), floats[source]), source
+    assert traced.quantized is not None and len(traced.quantized.schemes) == 14
+    for source in traced.quantized.schemes:
+        kept = traced.quantized.get(source)
+        assert kept is not None
+        np.testing.assert_allclose(kept.dequantize(), floats[source], rtol=1e-6, atol=1e-7)
+    assert traced.quantized.get("lm_head.weight") is None and set(traced.quantized.names.values()) == {
+        found.stored_as for found in decode(config, read_checkpoint(tmp_path / "quantised"), tmp_path)[0].values()
+        if isinstance(found, QuantizedWeight)}
 
 
 def test_config_in_a_file_of_its_own(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
