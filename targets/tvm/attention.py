@@ -1,16 +1,17 @@
 """Paged attention for mixed prefill and decode, with the variant's scalar expressions inlined.
 
-A chunk is one tile of up to 16 query tokens of a sequence, for one key-value head and up to 8 of the query heads
-that share it. Within it, a few query rows (tokens x query heads) walk over the 16-token tiles of the cache together,
-with an online softmax a row.
+A chunk is one tile of up to 16 query tokens of a sequence, for one key-value head and up to 8 of the query heads that
+share it. Its rows (tokens x query heads) walk together over tiles of keys that begin at multiples of the tile's size:
+a tile is brought into a form that the products take (attention_tiles.py), then every few rows meet it with their sums
+in registers, with an online softmax a row.
 Tiles are visited in order from the first that any of the rows may see; a masked key has probability exactly 0 and
-leaves a row's sums as they were, bit for bit, so results do not depend on tiling, chunking or batch.
+leaves a row's sums as they were, bit for bit, so results do not depend on tiling, chunking or batch. Values of keys
+that no row sees are not read: what lies there may be anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import gcd
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -22,28 +23,22 @@ from inferloom.ir.ops.attention import Q_POS
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import (
-    LANES,
-    bind,
-    f32,
-    kernel,
-    lane_of,
-    number,
-    scratch,
-    splat,
-    store,
-    typed,
-    vectors,
-    wide,
-)
+from inferloom.targets.tvm.attention_tiles import KeyTiles, llvm
+from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, splat, store, vectors, wide
 from inferloom.targets.tvm.isa import CpuIsa
+from inferloom.targets.tvm.kvlayout import KEYS
 from inferloom.targets.tvm.rows import storage
 from inferloom.targets.tvm.rowvalue import tree
+from inferloom.targets.tvm.scalars import as_float, emit_expr
 
 Expr = Any
-KEYS = 16
-MAX_ROWS = 8
-LOWEST = -1e30
+MAX_HEADS = 8
+#: Query tokens of a tile.
+Q_TILE = 16
+#: Floats of a pass's sums: what the rows of a chunk keep should stay in the second level of cache.
+SUMS = 16384
+#: A row that has seen no key yet, and a key that is not seen: the difference makes its probability 0.
+LOWEST, MASKED = -1e30, -2e30
 
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
@@ -52,13 +47,12 @@ def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str
     if not isinstance(body, Graph):
         raise TypeError(body)
     made = _Attention(body, source, isa)
-    fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
+    fn = kernel(source.symbol, made.signature, made.emit, isa.llvm + llvm(isa))
     return fn, Grid(3, 1, made.state.heads * made.parts), tuple(a for a, _ in made.signature)
 
 
 class _Attention:
     def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
-        self.isa = isa
         (self.node,) = (n for n in body.nodes if n.op == "paged_attention")
         for node in body.nodes:
             if node.op not in ("paged_attention", "reshape", "cast"):
@@ -66,196 +60,194 @@ class _Attention:
         q, state, starts, lens, tables, *extra = (_value(v) for v in self.node.operands)
         if not isinstance(state.type, StateType) or not isinstance(q.type, TensorType):
             raise TypeError(state)
-        self.state, self.q_type = state.type, q.type
-        self.heads = int(str(q.type.shape[1]))
-        self.group = self.heads // self.state.heads
+        self.state = state.type
+        group = int(str(q.type.shape[1])) // self.state.heads
         #: Query heads of one key-value head are worked on in `parts` of `size`.
-        self.parts = -(-self.group // MAX_ROWS)
-        self.size = -(-self.group // self.parts)
-        self.pair = 2 if self.state.dtype is DType.BF16 else 1
-        if self.state.k_dim % self.pair:
-            raise UnsupportedError(f"{self.node.loc}: a bf16 cache needs an even head size, not {self.state.k_dim}")
+        self.group, self.parts = group, -(-group // MAX_HEADS)
+        self.size = -(-group // self.parts)
+        self.chosen = int(str(self.node.attrs["chosen"]))
+        self.tiles = KeyTiles(self.state, q.type.dtype, isa, self.node.loc, self.chosen >= 0)
+        self.subs, self.keys = self.tiles.subs, self.tiles.subs * KEYS
         inputs = [body.inputs.index(v) for v in (q, state, starts, lens, tables, *extra)]
         (self.out,) = body.outputs
-        types = ["int32" if self.pair == 2 else "float32", "uint16" if self.pair == 2 else "float32",
-                 "int32", "int32", "int32", *(storage(v) for v in extra)]
+        first, *more = self.tiles.views
+        types = [self.tiles.query, first, "int32", "int32", "int32", *(storage(v) for v in extra)]
         self.signature: list[tuple[int | str, str]] = list(zip(inputs, types, strict=True))
-        self.signature += [(len(body.inputs), storage(self.out)), ("q_tiles", "int32")]
-        if self.pair == 2:  # keys are read as pairs, values as single elements
-            self.signature.append((inputs[1], "int32"))
-        self.ldq = source.layouts[inputs[0]].ld // self.pair
+        self.signature += [(len(body.inputs), storage(self.out)), ("q_tiles", "int32"), *((inputs[1], view) for view in more)]
+        self.ldq = source.layouts[inputs[0]].ld
         self.ldo = source.layouts[len(body.inputs)].ld
         self.columns = int(str(tables.type.shape[1])) if isinstance(tables.type, TensorType) else 0
-        self.stride = source.layouts[inputs[1]].block_stride // self.state.dtype.itemsize
+        self.stride = source.layouts[inputs[1]].block_stride
         self.extra = len(extra)
-        self.chosen = int(str(self.node.attrs["chosen"]))
         if self.chosen >= 0:
             table = extra[self.chosen]
             #: Elements between rows of the table of chosen blocks, and blocks that a key head chooses.
             self.choices = source.layouts[body.inputs.index(table)].ld, int(str(table.type.shape[2]))  # type: ignore[union-attr]
-        self.tokens = max(1, MAX_ROWS // self.size)
+        self.tokens = max(1, min(Q_TILE, SUMS // (self.size * self.state.v_dim)))
+        self.block = _block_rows(self.size)
 
     def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
-        self.q, self.pool, starts, self.lens, self.tables = views[:5]
+        self.q, pool, starts, self.lens, self.tables = views[:5]
         self.extras, self.result, tiles = views[5:5 + self.extra], views[5 + self.extra], views[6 + self.extra]
-        self.keys = views[7 + self.extra] if self.pair == 2 else self.pool
+        self.tiles.bind([pool, *views[7 + self.extra:]])
         mult = self.state.heads * self.parts
-        work, head, part = bind(chunk // mult), bind(chunk % mult // self.parts), chunk % self.parts
-        # The last part may stick out of the group: it repeats the last head, which writes the same values again.
-        q_heads = [bind(head * self.group + T.min(part * self.size + i, T.int32(self.group - 1)))
-                   for i in range(self.size)]
-        seq, first, count = (bind(tiles[work * 3 + i]) for i in range(3))
-        position = bind(self.lens[seq] - starts[seq + 1] + first)  # of the tile's first token
-        with T.serial(0, (count + (self.tokens - 1)) // self.tokens) as block:
-            self._rows(seq, head, q_heads, first, position, bind(block * self.tokens), count)
+        work, self.head, part = bind(chunk // mult), bind(chunk % mult // self.parts), bind(chunk % self.parts)
+        self.part = part
+        self.seq, first, count = (bind(tiles[work * 3 + i]) for i in range(3))
+        position = bind(self.lens[self.seq] - starts[self.seq + 1] + first)  # of the tile's first token
+        with T.serial(0, (count + (self.tokens - 1)) // self.tokens) as number:
+            begin = bind(number * self.tokens)
+            self._pass(bind(first + begin), bind(position + begin), bind(T.min(T.int32(self.tokens), count - begin)))
 
-    def _rows(self, seq: Expr, head: Expr, q_heads: list[Expr], first: Expr, position: Expr, begin: Expr,
-              count: Expr) -> None:
-        """Attention of `tokens` tokens from `begin` of the tile, for the query heads `q_heads`."""
-        state, size = self.state, self.size
-        rows = self.tokens * size
-        dv, dk = state.v_dim, state.k_dim // self.pair
-        lanes = vectors(dv)
-        out, top, total = scratch(rows * dv), scratch(rows), scratch(rows * LANES)
-        probs, decay = scratch(rows * KEYS), scratch(rows)
+    def _pass(self, first: Expr, position: Expr, count: Expr) -> None:
+        """Attention of `count` tokens from number `first` of the step, the first at `position` of its sequence."""
+        self.first, self.position, most = first, position, self.tokens * self.size
+        dv, lanes = self.state.v_dim, vectors(self.state.v_dim)
+        rows = bind(count * self.size)
+        self.queries = scratch(most * self.tiles.words, self.tiles.held)
+        self.sums, self.top, self.total = scratch(most * dv), scratch(most), scratch(most * LANES)
+        self.firsts, self.lasts = scratch(self.tokens, "int32"), scratch(self.tokens, "int32")
         if self.chosen >= 0:
             self.named = scratch(self.tokens, "int32")
-        # A block that sticks out of the tile repeats its last token, which writes the same values again.
-        offsets = [bind(T.min(begin + t, count - 1)) for t in range(self.tokens)]
-        where = [{"q_pos": bind(position + o), "token": bind(first + o)} for o in offsets]
-        sink = int(str(self.node.attrs["sink"]))
-        for r in range(rows):
-            start = self.extras[sink][q_heads[r % size]] if sink >= 0 else T.float32(LOWEST)
-            store(top, start, T.int32(r), 1)
-            store(total, number(0.0, LANES), T.int32(r * LANES), LANES)
-            if sink >= 0:
-                store(total, T.float32(1.0), T.int32(r * LANES), 1)
-        with T.serial(0, rows * dv // lanes) as i:
-            store(out, number(0.0, lanes), i * lanes, lanes)
-        lowest = bind(T.max(tree([self._scalar("first", w) for w in where], T.min), T.int32(0)) // KEYS)
-        last = where[-1]["q_pos"]
-        if self._expr("last") != Q_POS:
-            last = T.min(tree([self._scalar("last", w) for w in where], T.max), self.lens[seq] - 1)
-        highest = bind(last // KEYS + 1)
-        with T.serial(0, highest - lowest) as step:
-            tile = bind(lowest + step)
-            per_block = state.block_tokens // KEYS
-            page = bind(tile // per_block)
-
-            def walk() -> None:
-                blockid = bind(self.tables[seq * self.columns + page])
-                base = bind(wide(blockid) * self.stride
-                            + wide((head * per_block + tile % per_block) * (KEYS * state.per_token)))
-                self._scores(rows, dk, base, q_heads, where, tile, top, total, probs, decay)
-                values = base if state.latent else bind(base + KEYS * state.k_dim)
-                self._values(rows, dv, lanes, values, probs, decay, out)
-
+        with T.serial(0, rows) as r:
+            self._start(r)
+        ends = scratch(2, "int32")
+        length = bind(self.lens[self.seq])
+        store(ends, length, T.int32(0), 1)
+        store(ends, T.int32(0), T.int32(1), 1)
+        with T.serial(0, count) as t:
+            where = {"q_pos": bind(position + t), "token": bind(first + t)}
+            low = bind(T.max(self._scalar("first", where), T.int32(0)))
+            high = bind(T.min(self._scalar("last", where), length - 1))
+            store(self.firsts, low, t, 1)
+            store(self.lasts, high, t, 1)
+            store(ends, T.min(ends[0], low), T.int32(0), 1)
+            store(ends, T.max(ends[1], high), T.int32(1), 1)
+        lowest, highest = bind(ends[0]), bind(ends[1])
+        begin = bind(lowest // self.keys)
+        with T.serial(0, highest // self.keys + 1 - begin) as number:
+            start = bind((begin + number) * self.keys)
             if self.chosen < 0:
-                walk()
+                self._tile(start, lowest, highest, rows)
             else:
-                self._choose(head, page, where)
-                with T.If(tree([self.named[t] for t in range(self.tokens)], T.max) > 0):
+                with T.If(self._choose(start // self.state.block_tokens, count) > 0):
                     with T.Then():
-                        walk()
-        for r in range(rows):
-            token = where[r // size]["token"]
-            parts = [total[r * LANES + i] for i in range(LANES)]
-            inverse = bind(T.float32(1.0) / tree(parts, lambda a, b: a + b))
-            target = bind(token * self.ldo + q_heads[r % size] * dv)
+                        self._tile(start, lowest, highest, rows)
+        with T.serial(0, rows) as r:
+            inverse = bind(T.float32(1.0) / self.tiles.sum16(self.total[lane_of(r * LANES, LANES)]))
+            target = bind((first + r // self.size) * self.ldo + self._q_head(r) * dv)
             with T.serial(0, dv // lanes) as i:
-                y = out[lane_of(r * dv + i * lanes, lanes)] * splat(inverse, lanes)
+                y = self.sums[lane_of(r * dv + i * lanes, lanes)] * splat(inverse, lanes)
                 if isinstance(self.out.type, TensorType) and self.out.type.dtype is DType.BF16:
                     y = vmath.f32_to_bf16(y, lanes)
                 store(self.result, y, target + i * lanes, lanes)
 
-    def _choose(self, head: Expr, page: Expr, where: list[dict[str, Expr]]) -> None:
-        """Set `named` to 1 for each token that has chosen the page, else to 0."""
-        ld, count = self.choices
-        for t, each in enumerate(where):
-            store(self.named, T.int32(0), T.int32(t), 1)
-            with T.serial(0, count) as j:
-                place = self.extras[self.chosen][each["token"] * ld + head * count + j]
-                store(self.named, T.max(self.named[t], T.Select(T.EQ(place, page), T.int32(1), T.int32(0))), T.int32(t), 1)
+    def _q_head(self, row: Expr) -> Expr:
+        """The last part may stick out of the group: it repeats the last head, which writes the same values again."""
+        inside = T.min(self.part * self.size + row % self.size, T.int32(self.group - 1))
+        return bind(self.head * self.group + inside)
 
-    def _scores(self, rows: int, dk: int, base: Expr, q_heads: list[Expr], where: list[dict[str, Expr]], tile: Expr,
-                top: Expr, total: Expr, probs: Expr, decay: Expr) -> None:
-        """Scores of one tile of keys for all rows, and the step of their online softmax."""
-        acc = scratch(rows * KEYS)
-        keys = bind(base // self.pair)
-        queries = [bind(where[r // self.size]["token"] * self.ldq + q_heads[r % self.size] * dk)
-                   for r in range(rows)]
-        (self._by_row if self.state.latent else self._by_column)(rows, dk, keys, queries, acc)
-        scale = float(str(self.node.attrs["scale"]))
-        k_pos = bind(T.ramp(tile * KEYS, 1, KEYS))
-        for r in range(rows):
-            env = {"score": bind(acc[lane_of(T.int32(r * KEYS), KEYS)] * number(scale, KEYS)), "k_pos": k_pos,
-                   "head": q_heads[r % self.size], **where[r // self.size]}
+    def _start(self, r: Expr) -> None:
+        """A row's query in the form that the products take, and sums of nothing (of the sink alone)."""
+        head, dv = self._q_head(r), self.state.v_dim
+        self.tiles.take_query(self.q, bind((self.first + r // self.size) * self.ldq + head * self.state.k_dim),
+                              self.queries, r)
+        sink, lanes = int(str(self.node.attrs["sink"])), vectors(dv)
+        store(self.top, self.extras[sink][head] if sink >= 0 else T.float32(LOWEST), r, 1)
+        store(self.total, number(0.0, LANES), r * LANES, LANES)
+        if sink >= 0:
+            store(self.total, T.float32(1.0), r * LANES, 1)
+        with T.serial(0, dv // lanes) as i:
+            store(self.sums, number(0.0, lanes), r * dv + i * lanes, lanes)
+
+    def _choose(self, page: Expr, count: Expr) -> Expr:
+        """Set `named` to 1 for each token that has chosen the page, else to 0; whether any has."""
+        ld, most = self.choices
+        any_of = scratch(1, "int32")
+        store(any_of, T.int32(0), T.int32(0), 1)
+        with T.serial(0, count) as t:
+            store(self.named, T.int32(0), t, 1)
+            with T.serial(0, most) as j:
+                place = self.extras[self.chosen][(self.first + t) * ld + self.head * most + j]
+                store(self.named, T.max(self.named[t], T.Select(T.EQ(place, page), T.int32(1), T.int32(0))), t, 1)
+            store(any_of, T.max(any_of[0], self.named[t]), T.int32(0), 1)
+        return any_of[0]
+
+    def _tile(self, start: Expr, lowest: Expr, highest: Expr, rows: Expr) -> None:
+        """All rows meet the keys from `start` on."""
+        for s in range(self.subs):
+            store(self.tiles.bases, self._place(start + s * KEYS, lowest, highest), T.int32(s), 1)
+            store(self.tiles.after, self._place(start + self.keys + s * KEYS, lowest, highest), T.int32(s), 1)
+        low = bind(T.max(lowest - start, T.int32(0)) // 2 * 2)
+        high = bind(T.min(highest + 1 - start, T.int32(self.keys)))
+
+        def many() -> None:
+            self.tiles.stage(low, high)
+            step = self.block
+            with T.serial(0, rows // step) as b:
+                self._meet(bind(b * step), step, start, low, high)
+            for tail in sorted({n * self.size % step for n in range(1, self.tokens + 1)} - {0}):
+                with T.If(T.EQ(rows % step, tail)):
+                    with T.Then():
+                        self._meet(bind(rows - tail), tail, start, low, high)
+
+        if not self.tiles.widened:
+            many()
+            return
+        with T.If(T.EQ(rows, self.size)):
+            with T.Then():  # of a single token's rows, each block widens what it reads by itself
+                for row in range(0, self.size, self.block):
+                    self._meet(T.int32(row), min(self.block, self.size - row), start, low, high, direct=True)
+            with T.Else():
+                many()
+
+    def _place(self, key: Expr, lowest: Expr, highest: Expr) -> Expr:
+        """The byte offset of the 16 keys from `key` on; of keys out of what rows see, that of others that they see."""
+        size, layout = self.state.block_tokens, self.tiles.layout
+        key = bind(T.max(T.min(key, highest), lowest))
+        block = bind(self.tables[self.seq * self.columns + key // size])
+        place = (self.head * layout.tiles + key % size // KEYS) * layout.tile
+        return wide(block) * self.stride + wide(place)
+
+    def _meet(self, row: Expr, count: int, start: Expr, low: Expr, high: Expr, direct: bool = False) -> None:
+        """`count` rows from `row` on meet the tile, staged or (direct) in the cache, unless none of them sees any of it."""
+        tokens = [bind((row + m) // self.size) for m in range(count)]
+        earliest = tree([self.firsts[t] for t in tokens], T.min)
+        latest = tree([self.lasts[t] for t in tokens], T.max)
+        with T.If(T.And(earliest < start + self.keys, latest >= start)):
+            with T.Then():
+                scores, decay = scratch(count * self.keys), scratch(count)
+                self.tiles.scores(self.queries, row, count, scores, high, direct)
+                room = self.tiles.room(count)
+                probs = scores if room is None else room
+                with T.serial(0, count) as m:
+                    self._softmax(bind(row + m), m, start, scores, probs, decay)
+                self.tiles.values(self.sums, row, count, probs, decay, low, high, direct)
+
+    def _softmax(self, r: Expr, m: Expr, start: Expr, scores: Expr, probs: Expr, decay: Expr) -> None:
+        """Scores of one row become probabilities against the highest so far; `decay` is what that makes of sums so far."""
+        token = bind(r // self.size)
+        where = {"q_pos": bind(self.position + token), "token": bind(self.first + token), "head": self._q_head(r)}
+        lowered = []
+        for s in range(self.subs):
+            k_pos = bind(T.ramp(start + s * KEYS, 1, KEYS))
+            raw = scores[lane_of(m * self.keys + s * KEYS, KEYS)]
+            env = {"score": bind(self.tiles.scaled(raw, s, float(str(self.node.attrs["scale"])))), "k_pos": k_pos, **where}
             seen = self._vector("visible", env)
+            if self._expr("last") != Q_POS:
+                seen = T.And(seen, k_pos <= splat(self.lasts[token], KEYS))
             if self.chosen >= 0:
-                seen = T.And(seen, splat(self.named[r // self.size], KEYS) > splat(T.int32(0), KEYS))
-            score = bind(T.Select(seen, _float(self._vector("score", env), KEYS), number(LOWEST, KEYS)))
-            lowered = scratch(KEYS)
-            store(lowered, score, T.int32(0), KEYS)
-            old = bind(top[r])
-            new = bind(T.max(old, tree([lowered[i] for i in range(KEYS)], T.max)))
-            shrink = bind(vmath.exp(old - new, 1))
-            p = bind(T.Select(seen, vmath.exp(score - splat(new, KEYS), KEYS), number(0.0, KEYS)))
-            at = T.int32(r * LANES)
-            store(total, total[lane_of(at, LANES)] * splat(shrink, LANES) + p, at, LANES)
-            store(top, new, T.int32(r), 1)
-            store(decay, shrink, T.int32(r), 1)
-            store(probs, p, T.int32(r * KEYS), KEYS)
-
-    def _by_row(self, rows: int, dk: int, keys: Expr, queries: list[Expr], acc: Expr) -> None:
-        """acc = products with keys that lie one after the other, so that they can be values too."""
-        lanes = vectors(dk)
-        with T.serial(0, KEYS) as j:
-            sums = scratch(rows * lanes)
-            for r in range(rows):
-                store(sums, number(0.0, lanes), T.int32(r * lanes), lanes)
-            with T.serial(0, dk // lanes) as v:
-                d = bind(v * lanes)
-                k = bind(self.keys[lane_of(keys + wide(j * dk + d), lanes)])
-                for r in range(rows):
-                    q, made = self.q[lane_of(queries[r] + d, lanes)], sums[lane_of(T.int32(r * lanes), lanes)]
-                    made = self.isa.dot_pair(made, q, k, lanes) if self.pair == 2 else vmath.fma(q, k, made, lanes)
-                    store(sums, made, T.int32(r * lanes), lanes)
-            for r in range(rows):
-                total = tree([sums[r * lanes + i] for i in range(lanes)], lambda a, b: a + b)
-                store(acc, total, r * KEYS + j, 1)
-
-    def _by_column(self, rows: int, dk: int, keys: Expr, queries: list[Expr], acc: Expr) -> None:
-        """acc = products with keys of which the same element of 16 lies side by side."""
-        for r in range(rows):
-            store(acc, number(0.0, KEYS), T.int32(r * KEYS), KEYS)
-        unroll = gcd(dk, 4)
-        with T.serial(0, dk // unroll) as d4:
-            for u in range(unroll):
-                d = d4 * unroll + u
-                k = bind(self.keys[T.ramp(keys + wide(d * KEYS), 1, KEYS)])
-                for r in range(rows):
-                    q = splat(self.q[queries[r] + d], KEYS)
-                    made = acc[lane_of(T.int32(r * KEYS), KEYS)]
-                    made = self.isa.dot_pair(made, q, k) if self.pair == 2 else vmath.fma(q, k, made, KEYS)
-                    store(acc, made, T.int32(r * KEYS), KEYS)
-
-    def _values(self, rows: int, dv: int, lanes: int, base: Expr, probs: Expr, decay: Expr, out: Expr) -> None:
-        """out = out * decay + probs @ values of one tile, with a column block of all rows in registers."""
-        apart = self.state.k_dim if self.state.latent else dv
-        with T.serial(0, dv // lanes) as c:
-            column = bind(c * lanes)
-            acc = scratch(rows * lanes)
-            for r in range(rows):
-                x = out[lane_of(r * dv + column, lanes)] * splat(decay[r], lanes)
-                store(acc, x, T.int32(r * lanes), lanes)
-            for j in range(KEYS):
-                raw = self.pool[lane_of(base + wide(column + j * apart), lanes)]
-                v = bind(vmath.bf16_to_f32(raw, lanes) if self.pair == 2 else raw)
-                for r in range(rows):
-                    at = T.int32(r * lanes)
-                    store(acc, vmath.fma(splat(probs[r * KEYS + j], lanes), v, acc[lane_of(at, lanes)], lanes), at, lanes)
-            for r in range(rows):
-                store(out, acc[lane_of(T.int32(r * lanes), lanes)], r * dv + column, lanes)
+                seen = T.And(seen, splat(self.named[token], KEYS) > splat(T.int32(0), KEYS))
+            lowered.append(bind(T.Select(seen, as_float(self._vector("score", env), KEYS), number(MASKED, KEYS))))
+        old = bind(self.top[r])
+        new = bind(T.max(old, self.tiles.max16(tree(lowered, lambda a, b: bind(T.max(a, b))))))
+        shrink = bind(vmath.exp_below(old - new, 1))
+        p = [vmath.exp_below(x - splat(new, KEYS), KEYS) for x in lowered]
+        total = self.total[lane_of(r * LANES, LANES)] * splat(shrink, LANES)
+        store(self.total, total + tree(p, lambda a, b: a + b), r * LANES, LANES)
+        store(self.top, new, r, 1)
+        store(decay, shrink, m, 1)
+        self.tiles.keep(p, probs, m)
 
     # -- scalar expressions
 
@@ -272,67 +264,9 @@ class _Attention:
         return emit_expr(self._expr(name), env, self.extras, KEYS)
 
 
-def _float(x: Expr, lanes: int) -> Expr:
-    """Integers as floats, hidden from TVM's analysis, which fails on products of such floats."""
-    return bind(T.reinterpret(f32(lanes), T.reinterpret(typed("int32", lanes), T.cast(x, f32(lanes)))))
-
-
-def _is_float(x: Expr) -> bool:
-    return str(x.dtype if hasattr(x, "dtype") else x.ty.dtype).startswith("float")
-
-
-_ARITHMETIC = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "min": T.min,
-               "max": T.max}
-_COMPARISON = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "eq": T.EQ}
-
-
-def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes: int) -> Expr:
-    """A scalar expression for `lanes` keys. Positions are int32, scores float32; mixed operands become float32.
-
-    In `env`, `score` and `k_pos` have `lanes` lanes, the others are the same for all keys.
-    """
-    if isinstance(e, scalar.Const):
-        return splat(T.float32(e.value) if isinstance(e.value, float) else T.int32(e.value), lanes)
-    if isinstance(e, (scalar.Var, scalar.Load)) and lanes > 1 and not e.variables() & {"score", "k_pos"}:
-        return bind(splat(emit_expr(e, env, tables, 1), lanes))
-    if isinstance(e, scalar.Var):
-        return env[e.name]
-    if isinstance(e, scalar.Load):
-        return bind(tables[int(e.table[1:])][emit_expr(e.index, env, tables, lanes)])
-    if not isinstance(e, scalar.Call):
-        raise TypeError(e)
-    args = [emit_expr(a, env, tables, lanes) for a in e.args]
-    name = e.function
-    numbers = args[1:] if name == "select" else args
-    if name in ("div", "exp", "tanh") or len({_is_float(a) for a in numbers}) > 1:
-        numbers = [a if _is_float(a) else _float(a, lanes) for a in numbers]
-        args = [*args[:len(args) - len(numbers)], *numbers]
-    if name in _COMPARISON:  # TVM cannot name a vector of booleans
-        return _COMPARISON[name](*args)
-    if name in _ARITHMETIC:
-        return bind(_ARITHMETIC[name](*args))
-    if name == "div":
-        return bind(args[0] / args[1])
-    if name == "idiv":
-        return bind(T.floordiv(*args))
-    if name == "mod":
-        return bind(T.floormod(*args))
-    if name == "and":
-        return T.And(*args)
-    if name == "or":
-        return T.Or(*args)
-    if name == "not":
-        return T.Not(*args)
-    if name == "neg":
-        zero = number(0.0, lanes) if _is_float(args[0]) else splat(T.int32(0), lanes)
-        return bind(zero - args[0])
-    if name == "select":
-        return bind(T.Select(*args))
-    if name == "abs" and not _is_float(args[0]):
-        return bind(T.max(args[0], splat(T.int32(0), lanes) - args[0]))
-    if name in ("exp", "tanh", "abs"):
-        return {"exp": vmath.exp, "tanh": vmath.tanh, "abs": vmath.absolute}[name](args[0], lanes)
-    raise UnsupportedError(f"the CPU target cannot lower the scalar function {name} yet")
+def _block_rows(size: int) -> int:
+    """Rows whose sums are in registers at once: a token's `size` rows should fill such blocks."""
+    return 6 if 6 % size == 0 else -(-size // -(-size // 6))
 
 
 def _value(value: Value | None) -> Value:

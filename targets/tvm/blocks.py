@@ -12,8 +12,8 @@ from inferloom.ir.ops.sparse import NEVER, OWN
 from inferloom.ir.types import DType, RecurrentType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.attention import KEYS
 from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, splat, store, vectors, wide
+from inferloom.targets.tvm.kvlayout import KEYS
 from inferloom.targets.tvm.rows import storage
 from inferloom.targets.tvm.rowvalue import tree
 

@@ -19,8 +19,6 @@ from inferloom.targets.tvm.toolchain import compile_object
 from inferloom.targets.tvm.vmath import Dialect, dialect
 
 STEPPER, WASM_STEPPER = (Path(__file__).with_name(name) for name in ("stepper.c", "stepper_wasm.c"))
-#: Tokens of an attention tile.
-Q_TILE = 16
 
 
 def isa_of(chip: CpuChip) -> CpuIsa:
@@ -76,7 +74,7 @@ class CpuTarget:
             facts = expert_counts(source) if kind == "experts" else {}
             infos.append(KernelInfo(source.symbol, kind, number, grid, args, resources=facts))
         code = compile_object(functions, chip.tvm_target)
-        return CompiledModule({kernels_file(chip.driver): link(chip, code, [*functions])}, tuple(infos), (Q_TILE, 0))
+        return CompiledModule({kernels_file(chip.driver): link(chip, code, [*functions])}, tuple(infos), (attention.Q_TILE, 0))
 
 
 def link(chip: CpuChip, code: bytes, symbols: Sequence[str]) -> bytes:

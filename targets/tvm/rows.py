@@ -20,6 +20,7 @@ from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import pointwise, quant, vmath
 from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, scratch, splat, store, typed, vectors, wide
+from inferloom.targets.tvm.kvlayout import KEYS, KvLayout
 from inferloom.targets.tvm.rowvalue import (
     RowValue,
     broadcast_load,
@@ -388,35 +389,36 @@ class _Program:
         if state is None or k is None or not isinstance(state.type, StateType):
             raise TypeError(state)
         type, (pool, stride) = state.type, self.state[state]
+        layout, size = KvLayout(type), type.dtype.itemsize
+        layout.check(node.loc)
         slot = bind(self._of(slots).load(row, [], 1))
         at = bind(slot % type.block_tokens)
-        tile = 16 * type.per_token
-        block = bind(wide(slot // type.block_tokens) * stride + wide(at // 16) * tile)
-        pair = 2 if type.dtype is DType.BF16 else 1
+        block = bind(wide(slot // type.block_tokens) * stride + wide(at // KEYS) * (layout.tile // size))
+        token, pair = bind(at % KEYS), layout.pair
         keys = materialize(self._of(k), row)
 
         def narrow(x: Expr, lanes: int) -> Expr:
             return vmath.f32_to_bf16(x, lanes) if type.dtype is DType.BF16 else x
 
         def head(h: Expr) -> Expr:
-            return block + wide(h) * (type.block_tokens // 16 * tile)
+            return block + wide(h) * (layout.tiles * layout.tile // size)
 
         def put_key(index: list[Expr]) -> None:
             h, d = index
             store(pool, narrow(keys.load(row, [h, d], 1), 1),
-                  head(h) + wide((d // pair * 16 + at % 16) * pair + d % pair), 1)
+                  head(h) + wide((d // pair * KEYS + token) * pair + d % pair), 1)
 
         def put_row(source: RowValue, width: int, start: int) -> None:
-            lanes = source.max_lanes
+            lanes = source.max_lanes if pair == 1 else 1
+            place = bind(start + token // pair * (width * pair) + token % pair)
             loop((type.heads, width), lanes, lambda index: store(
-                pool, narrow(source.load(row, index, lanes), lanes), head(index[0]) + wide(start + at % 16 * width + index[1]),
-                lanes))
+                pool, narrow(source.load(row, index, lanes), lanes), head(index[0]) + wide(place + index[1] * pair), lanes))
 
-        if type.latent:  # keys that are values too lie as values do
+        if type.latent:  # keys that are values too lie as rows
             put_row(keys, type.k_dim, 0)
             return
         loop((type.heads, type.k_dim), 1, put_key)
-        put_row(self._of(v), type.v_dim, 16 * type.k_dim)
+        put_row(self._of(v), type.v_dim, layout.values // size)
 
     # -- results
 

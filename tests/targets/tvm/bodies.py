@@ -10,7 +10,7 @@ import numpy as np
 
 from inferloom.ir.types import STATES
 from inferloom.targets.base import Logits
-from inferloom.targets.chips import find
+from inferloom.targets.chips import CpuChip, find
 from inferloom.targets.tvm.codegen import CpuTarget
 from tests.targets.single import Bodies, Body, place, read, results
 from tests.targets.tvm.harness import load
@@ -19,9 +19,10 @@ from tests.targets.tvm.harness import load
 class Kernels(Bodies):
     """Bodies of one kind compiled together for this machine."""
 
-    def __init__(self, kind: str, bodies: Mapping[str, Body], chip: str = "cpu") -> None:
+    def __init__(self, kind: str, bodies: Mapping[str, Body], chip: str | CpuChip = "cpu") -> None:
         super().__init__(kind, bodies)
-        self.module = CpuTarget(find(chip)).compile_kernels(self.sources, Logits(1, 1, 1), print)
+        target = CpuTarget(find(chip) if isinstance(chip, str) else chip)
+        self.module = target.compile_kernels(self.sources, Logits(1, 1, 1), print)
         self.lib = load(self.module.files["kernels/kernels.so"])
         self.infos = {info.symbol: info for info in self.module.kernels}
 

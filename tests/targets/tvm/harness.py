@@ -56,9 +56,9 @@ def unpack_state(pool: np.ndarray, type: StateType, offset: int, stride: int) ->
         k = k.reshape(-1, type.heads, type.k_dim)
         return KVArrays(k, k[..., :type.v_dim], type)
     k = data[..., :16 * type.k_dim].reshape(blocks, type.heads, tiles, type.k_dim // pair, 16, pair)
-    v = data[..., 16 * type.k_dim:].reshape(blocks, type.heads, tiles, 16, type.v_dim)
+    v = data[..., 16 * type.k_dim:].reshape(blocks, type.heads, tiles, 16 // pair, type.v_dim, pair)
     k = k.transpose(0, 2, 4, 1, 3, 5).reshape(-1, type.heads, type.k_dim)
-    v = v.transpose(0, 2, 3, 1, 4).reshape(-1, type.heads, type.v_dim)
+    v = v.transpose(0, 2, 3, 5, 1, 4).reshape(-1, type.heads, type.v_dim)
     return KVArrays(to_float(k, type.dtype), to_float(v, type.dtype), type)
 
 

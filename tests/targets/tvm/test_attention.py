@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from inferloom.ir.ops.attention import KVArrays
 from inferloom.ir.types import DType
-from tests.targets.attention_cases import CASES, Batch, body
+from inferloom.targets.chips import find
+from inferloom.targets.tvm import isa
+from tests.targets.attention_cases import BLOCK, CASES, Batch, body
 from tests.targets.single import STORED, aligned
 from tests.targets.tvm.bodies import Kernels
 
@@ -24,7 +27,8 @@ def pack(held: KVArrays, stride: int) -> np.ndarray:
     pair = 2 if t.dtype is DType.BF16 else 1
     tiles = (len(held.k) // t.block_tokens, t.block_tokens // 16, 16, t.heads)
     k = held.k.reshape(*tiles, t.k_dim // pair, pair).transpose(0, 3, 1, 4, 2, 5).reshape(tiles[0], t.heads, tiles[1], -1)
-    v = held.v.reshape(*tiles, t.v_dim).transpose(0, 3, 1, 2, 4).reshape(tiles[0], t.heads, tiles[1], -1)
+    v = held.v.reshape(*tiles[:2], 16 // pair, pair, t.heads, t.v_dim).transpose(0, 4, 1, 2, 5, 3)
+    v = v.reshape(tiles[0], t.heads, tiles[1], -1)
     data = np.concatenate([k, v], -1)
     if t.latent:
         data = held.k.reshape(*tiles, t.k_dim).transpose(0, 3, 1, 2, 4)
@@ -44,10 +48,45 @@ def compiled(name: str) -> Kernels:
     return Kernels("attention", {name: body(CASES[name])})
 
 
+#: A dot product of bf16 pairs that any CPU can do, in place of the instruction.
+PORTABLE = """
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+define linkonce_odr hidden <16 x float> @inferloom_dot_pair(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline nounwind {
+  %al = shl <16 x i32> %a, splat (i32 16)
+  %bl = shl <16 x i32> %b, splat (i32 16)
+  %ah = and <16 x i32> %a, splat (i32 -65536)
+  %bh = and <16 x i32> %b, splat (i32 -65536)
+  %afl = bitcast <16 x i32> %al to <16 x float>
+  %bfl = bitcast <16 x i32> %bl to <16 x float>
+  %afh = bitcast <16 x i32> %ah to <16 x float>
+  %bfh = bitcast <16 x i32> %bh to <16 x float>
+  %t = call <16 x float> @llvm.fma.v16f32(<16 x float> %afl, <16 x float> %bfl, <16 x float> %c)
+  %r = call <16 x float> @llvm.fma.v16f32(<16 x float> %afh, <16 x float> %bfh, <16 x float> %t)
+  ret <16 x float> %r
+}
+"""
+
+
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_matches_reference_and_tokens_are_independent(name: str) -> None:
-    kernels = compiled(name)
-    case, batch = CASES[name], Batch(CASES[name])
+    check(compiled(name), name, Batch(CASES[name]))
+
+
+@pytest.mark.parametrize("name", ["group_of_eight", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+    "chosen_bf16", "prefix_bf16", "odd_bf16", "latent_bf16", "latent_odd"))])
+def test_dot_products_of_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for chips with the instruction: probabilities are bf16, keys and values are read as they lie."""
+    monkeypatch.setitem(isa._BF16_DOTS, "neon", PORTABLE)
+    chip = replace(find("x86-64-v3"), matmul_vectors=4, bf16_dot="neon")  # type: ignore[type-var]
+    check(Kernels("attention", {name: body(CASES[name])}, chip), name, Batch(CASES[name]))
+
+
+def check(kernels: Kernels, name: str, batch: Batch) -> None:
+    case = CASES[name]
+    # Keys and values that no token of a sequence has written may be anything.
+    for table, length in zip(batch.tables, batch.lens, strict=True):
+        free = slice(table[length // BLOCK] * BLOCK + length % BLOCK, (table[length // BLOCK] + 1) * BLOCK)
+        batch.state.k[free] = batch.state.v[free] = np.nan
     pool = {"state": pack(batch.state, batch.state.type.bytes_per_block + 128)}
     inputs = batch.inputs() | pool
     counts = {"tokens": len(batch.q), "seqs": 3}
