@@ -44,6 +44,7 @@ from inferloom.targets.select import target_for
 
 Progress = Callable[[str], None]
 DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
+KV_DTYPES = {"bf16": DType.BF16, "int8": DType.I8, "fp8": DType.F8}
 WEIGHTS_FILE = "weights/model.safetensors"
 _STORED = {DType.F32: ("F32", 4), DType.F16: ("F16", 2), DType.BF16: ("BF16", 2), DType.I32: ("I32", 4),
            DType.I8: ("I8", 1), DType.U8: ("U8", 1)}
@@ -54,7 +55,8 @@ _TOOLS = ("torch", "transformers")
 class BuildOptions:
     """Limits of an artifact: tokens and sequences of one step, tokens of one sequence and of one block.
 
-    `batch_invariant`: a sequence's bits do not depend on its batch (always so on CPUs; slower on GPUs).
+    `batch_invariant`: a sequence's bits do not depend on its batch (always so on CPUs; slower on GPUs). `kv_dtype`: what
+    keys and values are kept in, if not in `dtype`.
     """
 
     dtype: str = "bf16"
@@ -65,6 +67,7 @@ class BuildOptions:
     batch_invariant: bool = False
     plugins: tuple[Plugin, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
+    kv_dtype: str | None = None
 
     def check(self, target: Target) -> None:
         """UnsupportedError on a dtype or a quantisation that the target lacks, or a limit that makes no sense."""
@@ -77,6 +80,9 @@ class BuildOptions:
                     "; it has kernels for " + ", ".join(f"{w} weights with {a} activations" for w, a in
                                                        sorted(target.lowering.quantized)) if target.lowering.quantized
                     else ": compile without it"))
+        if self.kv_dtype not in (None, self.dtype, *target.lowering.kv_dtypes):
+            raise UnsupportedError(f"kv_dtype {self.kv_dtype!r} is not supported for {target.chip.name}; choose from: "
+                                   f"{', '.join(dict.fromkeys([self.dtype, *target.lowering.kv_dtypes]))}")
         if self.block_tokens < 16 or self.block_tokens % 16:
             raise UnsupportedError(f"block_tokens={self.block_tokens} must be a positive multiple of 16")
         for name in ("max_tokens", "max_seqs"):
@@ -102,7 +108,7 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
                   max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64,
                   block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
                   quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
-                  progress: Progress | None = None) -> Path:
+                  kv_dtype: str | None = None, progress: Progress | None = None) -> Path:
     """Compile a checkpoint directory, an ONNX file (or a `TracedModel`) for a chip into the artifact directory `out`.
 
     `passes` are files or names as compiler/plugins.py knows them; `quant` and its like are those of
@@ -112,7 +118,7 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
     """
     say = progress or (lambda message: None)
     options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes),
-                           recipe(quant, quant_head, quant_embedding))
+                           recipe(quant, quant_head, quant_embedding), kv_dtype)
     target = target_for(find(chip), batch_invariant)
     options.check(target)
     say("tracing the model")
@@ -159,7 +165,8 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, wanted.prologue,
                                        options.block_tokens, options.max_tokens, options.max_seqs, blocks,
                                        options.plugins, wanted.inputs.get(DTYPES[options.dtype]),
-                                       replace(options.recipe, stored=stored)), report, dump)
+                                       replace(options.recipe, stored=stored), KV_DTYPES.get(options.kv_dtype or "")),
+                  report, dump)
     plan = plan_memory(graph, Rows(wanted.row_align, wanted.avoid))
     selection = select_kernels(plan)
     say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({target.chip.name})")

@@ -50,6 +50,7 @@ class Options:
     plugins: tuple[Plugin, ...] = ()
     inputs: DType | None = None
     recipe: Recipe = field(default_factory=Recipe)
+    kv_dtype: DType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,8 @@ class Dump:
 
 def steps(options: Options) -> tuple[Step, ...]:
     """The passes in order."""
-    page = partial(page_state.run, dtype=options.dtype, block_tokens=options.block_tokens, seqs=options.max_seqs,
-                   blocks_per_seq=options.blocks_per_seq)
+    page = partial(page_state.run, dtype=options.kv_dtype or options.dtype, block_tokens=options.block_tokens,
+                   seqs=options.max_seqs, blocks_per_seq=options.blocks_per_seq)
     variants = [p.variant for p in options.plugins if p.variant is not None]
     bounds = {"tokens": options.max_tokens, "rows": options.max_seqs}
     return (

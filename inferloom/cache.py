@@ -44,6 +44,7 @@ class CompileOptions:
     quant: str | None = None
     quant_head: str | None = None
     quant_embedding: str | None = None
+    kv_dtype: str | None = None
 
 
 def is_artifact(path: Path) -> bool:

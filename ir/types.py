@@ -10,7 +10,10 @@ import numpy as np
 
 
 class DType(StrEnum):
-    """Element type. The NumPy reference holds bf16 as float32 rounded to bf16."""
+    """Element type. The NumPy reference holds bf16 as float32 rounded to bf16.
+
+    f8 is e4m3fn of the OCP 8-bit floating point specification: 4 bits of exponent, 3 of mantissa, no infinities.
+    """
 
     F32 = "f32"
     F16 = "f16"
@@ -19,6 +22,7 @@ class DType(StrEnum):
     I32 = "i32"
     I8 = "i8"
     U8 = "u8"
+    F8 = "f8"
     BOOL = "bool"
 
     @property
@@ -37,7 +41,7 @@ class DType(StrEnum):
 
 
 _NUMPY = {"f32": "float32", "f16": "float16", "bf16": "float32", "i64": "int64", "i32": "int32",
-          "i8": "int8", "u8": "uint8", "bool": "bool"}
+          "i8": "int8", "u8": "uint8", "f8": "float32", "bool": "bool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,7 @@ class StateType:
 
     With `latent`, the first `v_dim` elements of a key are its value, and nothing else is stored.
     A slot is `block * block_tokens + offset`. How a target lays slots out in memory is its own affair.
+    Elements i8 and f8 have a scale, f32, for each key and value of a token and head.
     """
 
     dtype: DType
@@ -137,8 +142,13 @@ class StateType:
         return self.k_dim if self.latent else self.k_dim + self.v_dim
 
     @property
+    def scales(self) -> int:
+        """Scales that a head keeps of a token."""
+        return 0 if self.dtype not in LARGEST else 1 if self.latent else 2
+
+    @property
     def bytes_per_block(self) -> int:
-        return self.block_tokens * self.heads * self.per_token * self.dtype.itemsize
+        return self.block_tokens * self.heads * (self.per_token * self.dtype.itemsize + self.scales * DType.F32.itemsize)
 
     def __str__(self) -> str:
         return f"{'latent' if self.latent else 'kv'}<{self.dtype},{self.heads},{self.k_dim},{self.v_dim},{self.block_tokens}>"
@@ -169,6 +179,31 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32)).astype(np.float32)
+
+
+#: The largest magnitude of element types that need a scale.
+LARGEST = {DType.I8: 127.0, DType.F8: 448.0}
+
+
+def store_array(x: np.ndarray, dtype: DType) -> np.ndarray:
+    """Keys or values as a cache of `dtype` gives them back.
+
+    Of i8 and f8, the last axis shares a scale, which makes its largest magnitude the largest that there is: numbers are
+    rounded to the nearest times the scale, ties to even.
+    """
+    if dtype not in LARGEST:
+        return cast_array(x, dtype)
+    most = np.float32(LARGEST[dtype])
+    scale = np.abs(x).max(-1, keepdims=True, initial=0).astype(np.float32) * np.float32(1 / LARGEST[dtype])
+    steps = np.clip(x / np.where(scale > 0, scale, np.float32(1)), -most, most).astype(np.float32)
+    steps = np.rint(steps) if dtype is DType.I8 else round_f8(steps)
+    return (steps * scale).astype(np.float32)
+
+
+def round_f8(x: np.ndarray) -> np.ndarray:
+    """Round float32 of a magnitude of at most 448 to the nearest f8, ties to even."""
+    exponent = np.maximum(np.frexp(x)[1] - 1, -6)  # below 2^-6 the spacing stays the same
+    return np.ldexp(np.rint(np.ldexp(x, 3 - exponent)), exponent - 3).astype(np.float32)
 
 
 def cast_array(x: np.ndarray, dtype: DType) -> np.ndarray:

@@ -21,6 +21,7 @@ class Lowering:
     Matmul weights are laid out in tiles of `weight_tile` columns with `weight_pair` k-steps together, k padded to
     `weight_k_multiple` (tile 1 and pair 1: rows of k). Columns of a gate and its up projection alternate in groups of
     `gate_columns`. Matmuls by weights of a type in `inputs` read activations of that one; others, of the weight's own.
+    Keys and values can be kept in `kv_dtypes` besides the artifact's own type.
     With `prologue`, matmuls gather their rows themselves. Rows of activations start at multiples of
     `row_align` bytes, and not a multiple of `avoid` bytes apart (0: any).
     `quantized` are the formats of weights, each with one of activations, that there are kernels for (names of
@@ -37,6 +38,7 @@ class Lowering:
     avoid: int
     inputs: Mapping[DType, DType] = field(default_factory=dict)
     quantized: frozenset[tuple[str, str]] = frozenset()
+    kv_dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

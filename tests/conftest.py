@@ -84,16 +84,28 @@ def demo_checkpoint() -> Path:
     return DEMO
 
 
-def _compiled_demo(dtype: str, quant: str | None = None) -> Path:
+def _compiled_demo(dtype: str, quant: str | None = None, kv_dtype: str | None = None) -> Path:
     from inferloom.cache import CompileOptions, compile_cached
 
-    return compile_cached(DEMO, CompileOptions(dtype=dtype, quant=quant))
+    return compile_cached(DEMO, CompileOptions(dtype=dtype, quant=quant, kv_dtype=kv_dtype))
 
 
 @pytest.fixture(scope="session")
 def demo_fp32() -> Path:
     """The demo model compiled for this CPU in fp32; shared between test processes through the cache."""
     return _compiled_demo("fp32")
+
+
+@pytest.fixture(scope="session")
+def demo_int8_kv() -> Path:
+    """The demo model compiled for this CPU in bf16, with keys and values in int8."""
+    return _compiled_demo("bf16", kv_dtype="int8")
+
+
+@pytest.fixture(scope="session")
+def demo_fp8_kv() -> Path:
+    """The demo model compiled for this CPU in bf16, with keys and values in fp8."""
+    return _compiled_demo("bf16", kv_dtype="fp8")
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ def compile_(
                                                    help="The LM head; as the other layers, in 8 bits at least.")] = None,
     quant_embedding: Annotated[str | None, typer.Option("--quant-embedding", show_default=False, metavar="NAME|none",
                                                         help="The embedding; likewise. A tied one goes with the head.")] = None,
+    kv_dtype: options.KvDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     report_loss: Annotated[bool, typer.Option(
         "--report-loss", help="Compile the checkpoint in fp32 too, let both predict a text, and say what is lost.")] = False,
@@ -53,7 +54,8 @@ def compile_(
         path = inferloom.api.compile(checkpoint, chip=chip, dtype=dtype, out=output, max_model_len=max_model_len,
                                      max_tokens=max_tokens, max_seqs=max_seqs, block_tokens=block_tokens,
                                      batch_invariant=batch_invariant, passes=passes or (), quant=quant,
-                                     quant_head=quant_head, quant_embedding=quant_embedding, force=force, progress=report)
+                                     quant_head=quant_head, quant_embedding=quant_embedding, kv_dtype=kv_dtype, force=force,
+                                     progress=report)
     seconds = time.perf_counter() - start
     loss = _loss(path, checkpoint, max_model_len, passes, loss_text) if report_loss or loss_text else None
     manifest = json.loads((path / "manifest.json").read_text())

@@ -18,7 +18,7 @@ from inferloom.cli.console import emit, err, human_bytes, out, progress, quantiz
 from inferloom.errors import UsageError
 from inferloom.runtime.manifest import DIMS
 
-ITEMSIZE = {"f32": 4, "fp32": 4, "bf16": 2, "f16": 2, "i8": 1, "u8": 1}
+ITEMSIZE = {"f32": 4, "fp32": 4, "bf16": 2, "f16": 2, "i8": 1, "u8": 1, "f8": 1}
 
 
 def inspect(
@@ -86,7 +86,9 @@ def _group(group: dict[str, Any], block_tokens: int) -> dict[str, Any]:
         if group["kind"] == "recurrent" or len(shape) == 2:
             terms.append(f"{count} layers x {' x '.join(map(str, shape))} x {size} bytes")
         else:
-            terms.append(f"{count} layers x {shape[0]} heads x {block_tokens} tokens x ({shape[1]} + {shape[2]}) x {size} bytes")
+            scales = f" + {1 + (shape[2] > 0)} scales x 4 bytes" if dtype in ("i8", "f8") else ""
+            each = f"({shape[1]} + {shape[2]}) x {size} bytes{scales}"
+            terms.append(f"{count} layers x {shape[0]} heads x {block_tokens} tokens x {f'({each})' if scales else each}")
     per = "sequence" if group["kind"] == "recurrent" else f"{block_tokens} tokens"
     return {"kind": group["kind"], "window": group["window"], "blocks": group["tables"], "per": per,
             "bytes": sum(x["bytes"] for x in group["layers"]), "is": " + ".join(terms)}

@@ -37,6 +37,8 @@ Quant = Annotated[str | None, typer.Option("--quant", show_default=False, metava
                                            help="Weights in few bits: int8, int4, int4-g128, int4-g128-asym, ...")]
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_default=False,
                                                  help="Longest sequence; the model's own limit if not given.")]
+KvDtype = Annotated[str | None, typer.Option("--kv-dtype", "--kv-cache-dtype", show_default=False,
+                                             help="What keys and values are kept in: bf16, int8, fp8; --dtype if not given.")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", show_default=False, metavar="FILE|NAME",
                                                  help="A pass of your own: a .py file, or one that an installed package "
                                                       "offers. Its code runs.")]

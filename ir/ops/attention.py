@@ -11,7 +11,7 @@ from inferloom.ir.errors import VerifyError
 from inferloom.ir.expr import Expr, Var
 from inferloom.ir.op import KERNEL, MODEL, SERVING, Tolerance, op
 from inferloom.ir.ops.sparse import chosen_blocks
-from inferloom.ir.types import DType, StateType, TensorType, cast_array
+from inferloom.ir.types import DType, StateType, TensorType, store_array
 
 #: Where the query stands: what it sees last, unless said otherwise.
 Q_POS = Var("q_pos")
@@ -153,7 +153,10 @@ class FlexAttention:
 
 @op("kv_write", levels=(SERVING, KERNEL), tolerance=Tolerance(0.0, 0.0), foldable=False)
 class KvWrite:
-    """New state with k [tokens, heads, dk] and v [tokens, heads, dv] (none if latent) stored at `slots` i32[tokens]."""
+    """New state with k [tokens, heads, dk] and v [tokens, heads, dv] (none if latent) stored at `slots` i32[tokens].
+
+    A state of i8 stores them as integers with a scale for each token and head (`store_array`).
+    """
 
     def infer(state: StateType, k: TensorType, v: TensorType | None, slots: TensorType) -> StateType:  # type: ignore[misc]
         values = (state.heads, state.v_dim) if v is None else v.shape[1:]
@@ -165,11 +168,11 @@ class KvWrite:
 
     def reference(state, k, v, slots):  # type: ignore[no-untyped-def, misc]
         keys = state.k.copy()
-        keys[slots] = cast_array(k, state.type.dtype)
+        keys[slots] = store_array(k, state.type.dtype)
         if v is None:
             return KVArrays(keys, keys[..., :state.type.v_dim], state.type)
         values = state.v.copy()
-        values[slots] = cast_array(v, state.type.dtype)
+        values[slots] = store_array(v, state.type.dtype)
         return KVArrays(keys, values, state.type)
 
 

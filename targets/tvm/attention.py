@@ -46,12 +46,12 @@ def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str
     body = source.node.attrs["body"]
     if not isinstance(body, Graph):
         raise TypeError(body)
-    made = _Attention(body, source, isa)
+    made = Attention(body, source, isa)
     fn = kernel(source.symbol, made.signature, made.emit, isa.llvm + llvm(isa))
     return fn, Grid(3, 1, made.state.heads * made.parts), tuple(a for a, _ in made.signature)
 
 
-class _Attention:
+class Attention:
     def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
         (self.node,) = (n for n in body.nodes if n.op == "paged_attention")
         for node in body.nodes:
@@ -61,10 +61,11 @@ class _Attention:
         if not isinstance(state.type, StateType) or not isinstance(q.type, TensorType):
             raise TypeError(state)
         self.state = state.type
-        group = int(str(q.type.shape[1])) // self.state.heads
+        self.heads = int(str(q.type.shape[1]))
+        self.group = self.heads // self.state.heads
         #: Query heads of one key-value head are worked on in `parts` of `size`.
-        self.group, self.parts = group, -(-group // MAX_HEADS)
-        self.size = -(-group // self.parts)
+        self.parts = -(-self.group // MAX_HEADS)
+        self.size = -(-self.group // self.parts)
         self.chosen = int(str(self.node.attrs["chosen"]))
         self.tiles = KeyTiles(self.state, q.type.dtype, isa, self.node.loc, self.chosen >= 0)
         self.subs, self.keys = self.tiles.subs, self.tiles.subs * KEYS
@@ -77,7 +78,7 @@ class _Attention:
         self.ldq = source.layouts[inputs[0]].ld
         self.ldo = source.layouts[len(body.inputs)].ld
         self.columns = int(str(tables.type.shape[1])) if isinstance(tables.type, TensorType) else 0
-        self.stride = source.layouts[inputs[1]].block_stride
+        self.stride = source.layouts[inputs[1]].block_stride // self.state.dtype.itemsize
         self.extra = len(extra)
         if self.chosen >= 0:
             table = extra[self.chosen]
@@ -207,7 +208,7 @@ class _Attention:
         key = bind(T.max(T.min(key, highest), lowest))
         block = bind(self.tables[self.seq * self.columns + key // size])
         place = (self.head * layout.tiles + key % size // KEYS) * layout.tile
-        return wide(block) * self.stride + wide(place)
+        return wide(block) * (self.stride * self.state.dtype.itemsize) + wide(place)
 
     def _meet(self, row: Expr, count: int, start: Expr, low: Expr, high: Expr, direct: bool = False) -> None:
         """`count` rows from `row` on meet the tile, staged or (direct) in the cache, unless none of them sees any of it."""

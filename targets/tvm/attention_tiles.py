@@ -1,7 +1,8 @@
 """Tiles of keys and values in attention: how a tile gets into registers, and the products of rows with it.
 
 Where the chip has a dot product of bf16 pairs and both queries and cache are bf16, keys and values are multiplied as
-they lie in the cache. Else a tile is widened to float32 first, once for all rows of a chunk. Each sum is taken in order
+they lie in the cache. Else a tile is widened to float32 first, once for all rows of a chunk; scales of keys of 8 bits go into
+the scores, those of values into the probabilities. Each sum is taken in order
 of the inner dimension by one accumulator (by one of 16, where keys lie as rows), whatever the number of rows.
 """
 
@@ -83,18 +84,20 @@ class KeyTiles:
         self.held, self.words = ("int32", state.k_dim // 2) if self.dot else ("float32", state.k_dim)
         if state.dtype is DType.F32:
             self.views = ["float32"]
+        elif state.scales:
+            self.views = ["int8", "float32"]
         elif state.latent:
             self.views = ["uint16", *(["int32"] if self.dot else [])]
         else:
             self.views = ["int32"]
-        self.size = 4 if self.views == ["float32"] or self.layout.pair == 2 else 2  # of an element of the first view
+        self.size = {"float32": 4, "int32": 4, "uint16": 2, "int8": 1}[self.views[0]]  # of an element of the first view
 
     def bind(self, views: list[Expr]) -> None:
         """Take the pool's views, and room for the tile.
 
         `bases` are the byte offsets of its parts of 16 keys, `after` those of the next tile.
         """
-        self.pool, self.pairs = views[0], views[-1]
+        self.pool, self.second = views[0], views[-1]
         self.bases, self.after = scratch(self.subs, "int64"), scratch(self.subs, "int64")
         state, plain = self.state, self.state.dtype is DType.F32
         #: Widened keys and values; None where the products read them from the pool.
@@ -118,7 +121,11 @@ class KeyTiles:
 
     def scaled(self, raw: Expr, sub: int, scale: float) -> Expr:
         """Scores of 16 keys from their products."""
-        return raw * number(scale, KEYS)
+        raw = raw * number(scale, KEYS)
+        return raw * self._scales(sub, self.layout.key_scales) if self.state.scales else raw
+
+    def _scales(self, sub: int, start: int) -> Expr:
+        return self.second[lane_of((self.bases[sub] + start) // 4, KEYS)]
 
     def room(self, rows: int) -> Expr | None:
         """Where probabilities go, if not over the scores."""
@@ -128,6 +135,8 @@ class KeyTiles:
         """Store row m's probabilities as the values' products take them."""
         if not self.dot_values:
             for s, x in enumerate(p):
+                if self.state.scales:  # values that no row sees may have any, and are not read
+                    x = x * self._scales(s, self.layout.value_scales)
                 store(probs, x, m * (self.subs * KEYS) + s * KEYS, KEYS)
             return
         ld = max(LANES, self.subs * KEYS // 2)
@@ -172,6 +181,8 @@ class KeyTiles:
     def _parts(self, word: Expr, lanes: int) -> list[Expr]:
         """The elements of a word as floats."""
         word = bind(word)
+        if self.state.scales:
+            return [bind(vmath.from_8_bits(word, self.state.dtype, lanes))]
         if self.layout.pair == 1:
             return [bind(vmath.bf16_to_f32(word, lanes))]
         low = T.reinterpret(f32(lanes), T.shift_left(word, splat(T.int32(16), lanes)))
@@ -243,7 +254,7 @@ class KeyTiles:
         if self.keys is not None and not direct:
             source, base = self.keys, bind(_long(T.int32(0)))
         else:
-            source, base = (self.pairs, bind(self.bases[0] // 4)) if self.dot else (self.pool, self._key_words(T.int32(0)))
+            source, base = (self.second, bind(self.bases[0] // 4)) if self.dot else (self.pool, self._key_words(T.int32(0)))
         with T.serial(0, high) as j:
             acc = scratch(count * lanes)
             for m in range(count):

@@ -13,7 +13,7 @@ from inferloom.ir.types import DType, RecurrentType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, splat, store, vectors, wide
-from inferloom.targets.tvm.kvlayout import KEYS
+from inferloom.targets.tvm.kvlayout import KEYS, KvLayout
 from inferloom.targets.tvm.rows import storage
 from inferloom.targets.tvm.rowvalue import tree
 
@@ -60,26 +60,33 @@ class _Means(_Blocks):
             raise UnsupportedError(f"{node.loc}: means of keys that are values too")
         self.state, self.pair = state, 2 if state.dtype is DType.BF16 else 1
         self.stride = self.layouts[1].block_stride // state.dtype.itemsize
-        types = ["float32", "int32" if self.pair == 2 else "float32", *["int32"] * 4]
+        self.layout = KvLayout(state)
+        types = ["float32", "int32" if self.pair == 2 else storage(self.operands[1]), *["int32"] * 4]
         self.signature: list[tuple[int | str, str]] = list(zip(self.at, types, strict=True))
+        if state.scales:
+            self.signature.append((self.at[1], "float32"))
 
     def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
-        means, keys, starts, lens, tables, own = views
+        means, keys, starts, lens, tables, own, *scales = views
         state, size = self.state, self.state.block_tokens
         seq, head = bind(chunk // state.heads), bind(chunk % state.heads)
         length = bind(lens[seq])
         first = bind((length - starts[seq + 1] + starts[seq]) // size)
         with T.serial(0, length // size - first) as i:
             place = bind(seq * self.columns + first + i)
-            page = bind(wide(tables[place]) * self.stride + wide(head * (size * state.per_token)))
+            tile_size = self.layout.tile // state.dtype.itemsize
+            page = bind(wide(tables[place]) * self.stride + wide(head * (self.layout.tiles * tile_size)))
             target = self.mean(own[place], head)
             with T.serial(0, state.k_dim // self.pair) as d:
                 sums = [scratch(LANES) for _ in range(self.pair)]
                 for each in sums:
                     store(each, number(0.0, LANES), T.int32(0), LANES)
                 with T.serial(0, size // KEYS) as tile:
-                    at = bind((page + wide(tile * (KEYS * state.per_token))) // self.pair + wide(d * KEYS))
-                    raw = bind(keys[T.ramp(at, 1, KEYS)])
+                    first = bind(page + wide(tile * tile_size))
+                    raw = bind(keys[T.ramp(first // self.pair + wide(d * KEYS), 1, KEYS)])
+                    if state.scales:
+                        raw = vmath.from_8_bits(raw, state.dtype, KEYS)
+                        raw = bind(raw * scales[0][T.ramp((first + self.layout.key_scales) // 4, 1, KEYS)])
                     for each, x in zip(sums, self._floats(raw), strict=True):
                         store(each, each[lane_of(T.int32(0), LANES)] + x, T.int32(0), LANES)
                 for j, each in enumerate(sums):

@@ -34,7 +34,8 @@ class CpuTarget:
     # products of bf16, activations are multiplied as the floats that they are.
     lowering = Lowering(dtypes=("fp32", "bf16"), weight_tile=64, weight_pair={DType.F32: 1, DType.BF16: 2},
                         weight_k_multiple=32, gate_columns=32, prologue=False, row_align=64, avoid=4096,
-                        inputs={DType.BF16: DType.F32}, quantized=frozenset({("int8", "int8"), ("int4", "int8")}))
+                        inputs={DType.BF16: DType.F32}, quantized=frozenset({("int8", "int8"), ("int4", "int8")}),
+                        kv_dtypes=("bf16", "int8", "fp8"))
 
     def __init__(self, chip: CpuChip) -> None:
         self.chip = chip

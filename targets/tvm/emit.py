@@ -13,7 +13,7 @@ ARGS = 16
 #: TIR wants a size; kernels index through pointers whose extents only the caller knows.
 UNBOUNDED = 1 << 40
 
-STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i32": "int32", "i8": "int8", "u8": "uint8"}
+STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i32": "int32", "i8": "int8", "u8": "uint8", "f8": "int8"}
 
 Expr = Any
 

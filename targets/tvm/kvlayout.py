@@ -3,7 +3,8 @@
 A block holds, head by head, its tokens in tiles of 16: all that is needed of a tile lies in the order in which attention
 reads it, keys first. Of keys, the same element of 16 tokens lies side by side; of bf16, two elements of a token go
 together. Of values, a token's lie one after the other; of bf16, those of two tokens alternate: a pair is what a bf16
-dot product takes. Keys that are values too (latent) lie as rows.
+dot product takes. Keys that are values too (latent) lie as rows. Behind keys, and behind values, there is a scale for
+each token if they are of 8 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from inferloom.ir.types import DType, StateType
 
 #: Tokens of a tile.
 KEYS = 16
+#: Bytes of a scale.
+SCALE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +32,18 @@ class KvLayout:
         return 2 if self.type.dtype is DType.BF16 and not self.type.latent else 1
 
     @property
+    def key_scales(self) -> int:
+        """Where the scales of a tile's keys begin in it."""
+        return KEYS * self.type.k_dim * self.type.dtype.itemsize
+
+    @property
     def values(self) -> int:
         """Where a tile's values begin in it."""
-        return 0 if self.type.latent else KEYS * self.type.k_dim * self.type.dtype.itemsize
+        return 0 if self.type.latent else self.key_scales + (KEYS * SCALE if self.type.scales else 0)
+
+    @property
+    def value_scales(self) -> int:
+        return self.key_scales if self.type.latent else self.values + KEYS * self.type.v_dim * self.type.dtype.itemsize
 
     @property
     def tile(self) -> int:

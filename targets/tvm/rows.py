@@ -20,7 +20,7 @@ from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import pointwise, quant, vmath
 from inferloom.targets.tvm.emit import LANES, STORAGE, bind, kernel, scratch, splat, store, typed, vectors, wide
-from inferloom.targets.tvm.kvlayout import KEYS, KvLayout
+from inferloom.targets.tvm.kvwrite import write_kv
 from inferloom.targets.tvm.rowvalue import (
     RowValue,
     broadcast_load,
@@ -388,37 +388,8 @@ class _Program:
         state, k, v, slots = node.operands
         if state is None or k is None or not isinstance(state.type, StateType):
             raise TypeError(state)
-        type, (pool, stride) = state.type, self.state[state]
-        layout, size = KvLayout(type), type.dtype.itemsize
-        layout.check(node.loc)
         slot = bind(self._of(slots).load(row, [], 1))
-        at = bind(slot % type.block_tokens)
-        block = bind(wide(slot // type.block_tokens) * stride + wide(at // KEYS) * (layout.tile // size))
-        token, pair = bind(at % KEYS), layout.pair
-        keys = materialize(self._of(k), row)
-
-        def narrow(x: Expr, lanes: int) -> Expr:
-            return vmath.f32_to_bf16(x, lanes) if type.dtype is DType.BF16 else x
-
-        def head(h: Expr) -> Expr:
-            return block + wide(h) * (layout.tiles * layout.tile // size)
-
-        def put_key(index: list[Expr]) -> None:
-            h, d = index
-            store(pool, narrow(keys.load(row, [h, d], 1), 1),
-                  head(h) + wide((d // pair * KEYS + token) * pair + d % pair), 1)
-
-        def put_row(source: RowValue, width: int, start: int) -> None:
-            lanes = source.max_lanes if pair == 1 else 1
-            place = bind(start + token // pair * (width * pair) + token % pair)
-            loop((type.heads, width), lanes, lambda index: store(
-                pool, narrow(source.load(row, index, lanes), lanes), head(index[0]) + wide(place + index[1] * pair), lanes))
-
-        if type.latent:  # keys that are values too lie as rows
-            put_row(keys, type.k_dim, 0)
-            return
-        loop((type.heads, type.k_dim), 1, put_key)
-        put_row(self._of(v), type.v_dim, layout.values // size)
+        write_kv(*self.state[state], state.type, slot, self._of(k), None if v is None else self._of(v), row, node.loc)
 
     # -- results
 

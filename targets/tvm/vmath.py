@@ -15,6 +15,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from inferloom.ir.types import LARGEST, DType
 from inferloom.targets.tvm.emit import f32, number, splat, typed
 
 Expr = Any
@@ -206,6 +207,40 @@ def bf16_to_f32(bits: Expr, lanes: int) -> Expr:
     """uint16 bits of a bf16 as float32."""
     raised = T.shift_left(T.cast(bits, typed("uint32", lanes)), splat(T.uint32(16), lanes))
     return T.reinterpret(f32(lanes), raised)
+
+
+def to_8_bits(x: Expr, dtype: DType, lanes: int) -> Expr:
+    """float32 as bits of the nearest i8 or f8, ties to even; of larger ones, of the largest (127 or 448)."""
+    most = LARGEST[dtype]
+    x = T.Bind(T.max(T.min(x, number(most, lanes)), number(-most, lanes)))
+    if dtype is DType.I8:
+        return T.cast(T.cast(_unary("llvm.rint", x, lanes), typed("int32", lanes)), typed("int8", lanes))
+
+    def word(v: int) -> Expr:
+        return splat(T.int32(v), lanes)
+
+    size = T.Bind(absolute(x, lanes))
+    bits = T.Bind(T.reinterpret(typed("int32", lanes), size))
+    # 3 bits of mantissa stay, and the exponent counts from 7 instead of 127. Below 2^-6 there are multiples of 2^-9.
+    rounded = T.shift_right(bits + word(0x7FFFF) + T.bitwise_and(T.shift_right(bits, word(20)), word(1)), word(20)) - word(960)
+    small = T.cast(_unary("llvm.rint", size * number(512.0, lanes), lanes), typed("int32", lanes))
+    code = T.Bind(T.Select(size < number(2.0**-6, lanes), small, rounded))
+    sign = T.bitwise_and(T.shift_right(T.reinterpret(typed("int32", lanes), x), word(24)), word(0x80))
+    return T.cast(T.bitwise_or(code, sign), typed("int8", lanes))
+
+
+def from_8_bits(bits: Expr, dtype: DType, lanes: int) -> Expr:
+    """i8 or f8 as float32."""
+    wide = T.Bind(T.cast(bits, typed("int32", lanes)))
+    if dtype is DType.I8:
+        return T.cast(wide, f32(lanes))
+
+    def word(v: int) -> Expr:
+        return splat(T.int32(v), lanes)
+
+    size = T.shift_left(T.bitwise_and(wide, word(0x7F)), word(20))
+    sign = T.bitwise_and(wide, word(-(2**31)))  # the byte's own, extended
+    return T.reinterpret(f32(lanes), T.bitwise_or(size, sign)) * number(2.0**120, lanes)
 
 
 def f32_to_bf16(x: Expr, lanes: int) -> Expr:

@@ -109,7 +109,7 @@ def test_dims_and_types() -> None:
     x = TensorType(DType.BF16, (t, 4))
     assert (x.max_size, x.is_static, x.rank, str(x)) == (28, False, 2, "bf16[t,4]")
     assert StateType(DType.BF16, 2, 8, 4, 16).bytes_per_block == 16 * 2 * 12 * 2
-    assert {d: d.itemsize for d in DType} == {"f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1,
+    assert {d: d.itemsize for d in DType} == {"f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "f8": 1,
                                               "bool": 1}
 
 

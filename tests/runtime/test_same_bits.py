@@ -48,7 +48,7 @@ class Fewer:
         return getattr(self._device, name)
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4", "int8_kv"])
 def models(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, LLM]]:
     """The demo model, and the same in another precision to draft for it."""
     paths = [request.getfixturevalue(f"demo_{name}") for name in (request.param, "fp32" if request.param == "bf16" else "bf16")]

@@ -10,7 +10,7 @@ import numpy as np
 from inferloom.ir.expr import Const, Expr, Load, Var, call, maximum, select, tanh
 from inferloom.ir.graph import Builder, Value
 from inferloom.ir.ops.attention import KVArrays
-from inferloom.ir.types import Affine, DType, StateType, Sym, TensorType, cast_array
+from inferloom.ir.types import LARGEST, Affine, DType, StateType, Sym, TensorType, cast_array, store_array
 
 TOKENS = Sym("tokens", 64)
 SEQS = Sym("seqs", 8)
@@ -33,6 +33,7 @@ class Case:
     k_dim: int = 16
     v_dim: int = 16
     dtype: DType = DType.F32
+    computed: DType | None = None
     score: Expr = SCORE
     visible: Expr = CAUSAL
     first: Expr = START
@@ -40,6 +41,11 @@ class Case:
     sink: int = -1
     chosen: int = -1
     latent: bool = False
+
+    @property
+    def stored(self) -> DType:
+        """What queries and results are; the cache is in `dtype`."""
+        return self.computed or (DType.BF16 if self.dtype in LARGEST else self.dtype)
 
     @property
     def state(self) -> StateType:
@@ -69,6 +75,14 @@ CASES = {
     "documents": Case(visible=CAUSAL & (K >= DOCUMENT), first=DOCUMENT),
     "even_heads_see_all": Case(visible=CAUSAL & (call("eq", HEAD % 2, 0) | (Q - K < 3))),
 }
+#: Caches of another type than queries are, which not every target has.
+KV_CASES = {
+    "int8": Case(12, 2, 32, 32, DType.I8), "odd_int8": Case(3, 1, 10, 12, DType.I8),
+    "chosen_int8": Case(dtype=DType.I8, chosen=4), "latent_int8": Case(4, 1, 48, 32, DType.I8, latent=True),
+    "window_int8": Case(visible=WINDOW.visible, first=WINDOW.first, dtype=DType.I8),
+    "fp8": Case(12, 2, 32, 32, DType.F8), "latent_fp8": Case(4, 1, 48, 32, DType.F8, latent=True),
+    "int8_behind_f32": Case(dtype=DType.I8, computed=DType.F32), "bf16_behind_f32": Case(dtype=DType.BF16, computed=DType.F32),
+}
 
 
 def tensor(*shape: int | Sym | Affine, dtype: DType = DType.F32) -> TensorType:
@@ -77,7 +91,7 @@ def tensor(*shape: int | Sym | Affine, dtype: DType = DType.F32) -> TensorType:
 
 def body(case: Case, columns: int = COLUMNS) -> Callable[[Builder], Sequence[Value]]:
     def emit(b: Builder) -> Sequence[Value]:
-        stored = case.dtype
+        stored = case.stored
         i32 = DType.I32
         q = b.input("q", tensor(TOKENS, case.heads, case.k_dim, dtype=stored))
         state = b.input("state", case.state)
@@ -101,14 +115,14 @@ class Batch:
                  counts: Sequence[int] = (1, 21, 18)) -> None:
         rng = np.random.default_rng(0)
         blocks = len(lens) * columns + 1
-        k, v = (cast_array(rng.standard_normal((blocks * BLOCK, case.kv_heads, dim)).astype(np.float32), case.dtype)
+        k, v = (store_array(rng.standard_normal((blocks * BLOCK, case.kv_heads, dim)).astype(np.float32), case.dtype)
                 for dim in (case.k_dim, case.v_dim))
         self.state = KVArrays(k, k[..., :case.v_dim] if case.latent else v, case.state)
         self.starts = np.cumsum([0, *counts]).astype(np.int32)
         self.lens = np.array(lens, np.int32)
         self.tables = rng.permutation(blocks)[:len(lens) * columns].astype(np.int32).reshape(len(lens), columns)
         q = rng.standard_normal((sum(counts), case.heads, case.k_dim)).astype(np.float32)
-        self.q = cast_array(q * 2, case.dtype)
+        self.q = cast_array(q * 2, case.stored)
         positions = np.concatenate([np.arange(n - c, n) for n, c in zip(lens, counts, strict=True)])
         # A prefix ends in a new sequence, or before what comes in this step.
         prefixes = [n - 3 if n == c else n - c + 1 for n, c in zip(lens, counts, strict=True)]

@@ -34,7 +34,7 @@ def bodies(case: Case) -> dict[str, Body]:
         return [b.emit("block_means", held, state, *steps, *tables)]
 
     def scores(b: Builder) -> Sequence[Value]:
-        q = b.input("q", tensor(TOKENS, case.heads, case.k_dim, dtype=case.dtype))
+        q = b.input("q", tensor(TOKENS, case.heads, case.k_dim, dtype=case.stored))
         held, steps = _means(b, case), _steps(b)
         own = b.input("own_tables", tensor(SEQS, COLUMNS, dtype=DType.I32))
         return [b.emit("block_scores", q, held, *steps, own, block=BLOCK)]

@@ -6,6 +6,7 @@ import ctypes
 import os
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from inferloom.compiler.kernels import select_kernels
@@ -46,10 +47,23 @@ STORED = {DType.F32: np.float32, DType.BF16: np.uint16, DType.I32: np.int32}
 def unpack_state(pool: np.ndarray, type: StateType, offset: int, stride: int) -> KVArrays:
     """The CPU's block layout as the arrays of the reference."""
     blocks = len(pool) // stride
+    size, tiles = type.bytes_per_block, type.block_tokens // 16
+    if type.scales:
+        data = pool.reshape(blocks, stride)[:, offset:offset + size].reshape(blocks, type.heads, tiles, -1)
+        at, parts = 0, []
+        for width, shape in ((type.k_dim, (16, type.k_dim) if type.latent else (type.k_dim, 16)), (type.v_dim, (16, type.v_dim))):
+            kind = np.int8 if type.dtype is DType.I8 else ml_dtypes.float8_e4m3fn
+            numbers = data[..., at:at + 16 * width].view(kind).reshape(blocks, type.heads, tiles, *shape)
+            scales = data[..., at + 16 * width:at + 16 * width + 64].copy().view(np.float32)
+            at += 16 * width + 64
+            numbers = numbers.swapaxes(-1, -2) if shape[0] == width and shape[1] == 16 and not type.latent else numbers
+            x = numbers.astype(np.float32) * scales[..., None]
+            parts.append(x.transpose(0, 2, 3, 1, 4).reshape(-1, type.heads, width))
+            if type.latent:
+                return KVArrays(parts[0], parts[0][..., :type.v_dim], type)
+        return KVArrays(*parts, type)
     kind, pair = STORED[type.dtype], 2 if type.dtype is DType.BF16 else 1
-    size = type.bytes_per_block
     data = pool.reshape(blocks, stride)[:, offset:offset + size].copy().view(kind)
-    tiles = type.block_tokens // 16
     data = data.reshape(blocks, type.heads, tiles, 16 * type.per_token)
     if type.latent:
         k = to_float(data.reshape(blocks, type.heads, tiles, 16, type.k_dim).transpose(0, 2, 3, 1, 4), type.dtype)

@@ -5,25 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from inferloom.ir.ops.attention import KVArrays
-from inferloom.ir.types import DType
+from inferloom.ir.types import LARGEST, DType
 from inferloom.targets.chips import find
 from inferloom.targets.tvm import isa
-from tests.targets.attention_cases import BLOCK, CASES, Batch, body
+from tests.targets.attention_cases import BLOCK, KV_CASES, Batch, body
+from tests.targets.attention_cases import CASES as SHARED
 from tests.targets.single import STORED, aligned
 from tests.targets.tvm.bodies import Kernels
 
+CASES = SHARED | KV_CASES
 #: An attention kernel takes LLVM seconds.
 QUICK = {"causal", "bf16", "odd_bf16", "many_queries_of_one_key", "unclamped_window", "alibi", "sinks_window", "chosen",
-         "documents", "prefix"}
+         "documents", "prefix", "int8", "fp8"}
 
 
 def pack(held: KVArrays, stride: int) -> np.ndarray:
     """The pool's bytes for arrays of state; block b begins at b * stride."""
     t = held.type
+    if t.scales:
+        return pack_scaled(held, stride)
     pair = 2 if t.dtype is DType.BF16 else 1
     tiles = (len(held.k) // t.block_tokens, t.block_tokens // 16, 16, t.heads)
     k = held.k.reshape(*tiles, t.k_dim // pair, pair).transpose(0, 3, 1, 4, 2, 5).reshape(tiles[0], t.heads, tiles[1], -1)
@@ -35,6 +40,23 @@ def pack(held: KVArrays, stride: int) -> np.ndarray:
     stored = np.ascontiguousarray(data.astype(STORED[t.dtype]))
     pool = aligned(tiles[0] * stride)
     pool.reshape(tiles[0], stride)[:, :t.bytes_per_block] = stored.reshape(tiles[0], -1).view(np.uint8)
+    return pool
+
+
+def pack_scaled(held: KVArrays, stride: int) -> np.ndarray:
+    t, blocks = held.type, len(held.k) // held.type.block_tokens
+    parts = []
+    for x, columns in ((held.k, not t.latent), *(() if t.latent else ((held.v, False),))):
+        x = x.reshape(blocks, t.block_tokens // 16, 16, t.heads, -1).transpose(0, 3, 1, 2, 4)
+        scale = np.abs(x).max(-1).astype(np.float32) * np.float32(1 / LARGEST[t.dtype])
+        with np.errstate(invalid="ignore"):
+            steps = np.nan_to_num(x / scale[..., None]).clip(-LARGEST[t.dtype], LARGEST[t.dtype])
+        steps = np.rint(steps).astype(np.int8) if t.dtype is DType.I8 else steps.astype(ml_dtypes.float8_e4m3fn)
+        steps = steps.swapaxes(-1, -2) if columns else steps
+        parts += [np.ascontiguousarray(steps).reshape(*steps.shape[:3], -1).view(np.uint8),
+                  np.ascontiguousarray(scale).view(np.uint8)]
+    pool = aligned(blocks * stride)
+    pool.reshape(blocks, stride)[:, :t.bytes_per_block] = np.concatenate(parts, -1).reshape(blocks, -1)
     return pool
 
 
@@ -92,7 +114,7 @@ def check(kernels: Kernels, name: str, batch: Batch) -> None:
     counts = {"tokens": len(batch.q), "seqs": 3}
     (got,) = kernels.run(name, inputs, counts, {"q_tiles": tiles(batch.starts)})
     (want,) = kernels.want(name, inputs | {"state": batch.state})
-    relative = 2.0**-7 if case.dtype is DType.BF16 else 1e-5
+    relative = 2.0**-7 if case.stored is DType.BF16 else 1e-5
     assert np.abs(got - want).max() <= relative * np.abs(want).max()
     for seq, token in ((0, 0), (1, 0), (1, 7), (1, 20), (2, 17)):
         alone = kernels.run(name, batch.one(seq, token) | pool, {"tokens": 1, "seqs": 1},

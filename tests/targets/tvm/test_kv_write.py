@@ -19,6 +19,9 @@ TYPES = {
     "f32": StateType(DType.F32, 2, 16, 16, BLOCK), "bf16": StateType(DType.BF16, 2, 16, 32, BLOCK),
     "odd": StateType(DType.F32, 3, 5, 7, BLOCK), "odd_bf16": StateType(DType.BF16, 1, 6, 9, BLOCK),
     "latent": StateType(DType.F32, 1, 40, 32, BLOCK, latent=True),
+    "int8": StateType(DType.I8, 2, 16, 32, BLOCK), "odd_int8": StateType(DType.I8, 3, 5, 7, BLOCK),
+    "fp8": StateType(DType.F8, 2, 16, 32, BLOCK), "odd_fp8": StateType(DType.F8, 3, 5, 7, BLOCK),
+    "latent_int8": StateType(DType.I8, 1, 40, 32, BLOCK, latent=True),
     "latent_bf16": StateType(DType.BF16, 1, 22, 6, BLOCK, latent=True),
 }
 
