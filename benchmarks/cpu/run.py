@@ -47,8 +47,8 @@ def jobs(models: Sequence[str], systems: Sequence[str], precisions: Sequence[str
     """In the order of a run: all of the first round before the second, single streams before many requests.
 
     Systems of one precision follow each other, so that what is compared lies close in time. Many requests and long
-    contexts take long, and int4 of these is not asked for: they are measured in the first round, and in later ones after
-    all single streams.
+    contexts take long, and int4 of these is not asked for: the first shape's come after the first round of single streams,
+    the others' after the second one, and later rounds of all after the last one.
     """
     made: list[tuple[tuple[int, ...], Job]] = []
     for number in range(rounds):
@@ -61,8 +61,8 @@ def jobs(models: Sequence[str], systems: Sequence[str], precisions: Sequence[str
                         slow = process.metrics in (MANY, LONG)
                         if slow and precision == "int4" or len(process.metrics) > len(STREAM) and number:
                             continue
-                        late = 0 if not slow else 1 if process.metrics == MANY else 2
-                        order = (number, late, m, p, s) if not number else (1, late, number, m, p, s)
+                        stage = number if not slow else rounds if number else 0 if process.metrics == LONG or not m else 1
+                        order = (stage, slow, process.metrics == LONG, number, m, p, s)
                         made.append((order, Job(model, precision, name, process, number)))
     return [job for _, job in sorted(made, key=lambda entry: entry[0]) if re.search(only, job.key)]
 
@@ -111,6 +111,8 @@ class Log:
         self._done: set[str] = set()
         self._tries: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
+        for other in path.parent.parent.glob(f"*/{path.name}"):  # earlier runs tell how long things take, no more
+            self._seconds |= {line["kind"]: line["seconds"] for line in read(other) if line.get("status") == 0}
         for line in read(path):
             self._note(line)
 

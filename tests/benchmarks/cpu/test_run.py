@@ -51,7 +51,10 @@ def test_rounds_are_interleaved() -> None:
     assert len({j.key for j in made}) == len(made)
     first = [(j.model, j.precision, j.system) for j in made if j.process.metrics != MANY and j.process.metrics != LONG][:4]
     assert first == [(SHAPE, "bf16", OURS), (SHAPE, "bf16", "llama.cpp"), (SHAPE, "bf16", "vllm"), (SHAPE, "int8", OURS)]
-    assert [j.round for j in made] == sorted(j.round for j in made)
+    streams = [j for j in made if "decode_1" in j.process.metrics]
+    assert [j.round for j in streams] == sorted(j.round for j in streams)
+    many = [(j.model, j.round, made.index(j) > made.index(streams[-1])) for j in made if j.process.metrics == MANY]
+    assert many[0] == (SHAPE, 0, False) and many[-1] == ("llama-3.2-1b", 1, True)
     assert not [j for j in made if j.precision == "int4" and j.process.metrics in (MANY, LONG)]
     assert {j.round for j in made if j.system == "vllm"} == {0}  # it takes a minute to start
     assert run.jobs([SHAPE], [OURS], ["bf16"], 1, only="requests")[0].process.metrics == MANY
@@ -169,6 +172,11 @@ def test_a_run_ends_in_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     run.run(tmp_path, out, every[:1], 2, progress=said.append)
     run.run(tmp_path, out, every, 2, minutes=0.5, progress=said.append)
     assert len(commands) == 2 and sum("no time" in text for text in said) == 2
+    other = tmp_path / "another" / "lines.jsonl"
+    assert run.Log(other).seconds(every[0]) == run.GUESS
+    (tmp_path / "earlier").mkdir()
+    out.rename(tmp_path / "earlier" / "lines.jsonl")
+    assert run.Log(other).seconds(every[0]) == 7.0 and not run.Log(other).done(every[0])
 
 
 def test_garbage_from_a_process_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
