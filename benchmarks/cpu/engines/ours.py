@@ -14,6 +14,7 @@ from inferloom.runtime.params import SamplingParams
 
 #: Blocks that a real prompt fills, before they are copied.
 SEED_BLOCKS = 8
+FIRST_TOKEN = 1000
 
 
 class Engine:
@@ -40,10 +41,10 @@ class Engine:
         if [g.kind for g in state.groups] != ["paged_kv"] or batch * each > device.num_blocks:
             raise RuntimeError(f"{batch} sequences of {context} tokens need one group of keys and values, {batch * each} blocks")
         positions = np.arange(SEED_BLOCKS * size, dtype=np.int32)
-        device.step(_step(1000 + positions, positions, np.arange(SEED_BLOCKS, dtype=np.int32)[None], size))
+        device.step(_step(FIRST_TOKEN + positions, positions, np.arange(SEED_BLOCKS, dtype=np.int32)[None], size))
         device.copy_blocks([(block % SEED_BLOCKS, block) for block in range(SEED_BLOCKS, batch * each)])
         tables = np.arange(batch * each, dtype=np.int32).reshape(batch, each)
-        batches = [_step(np.arange(1000, 1000 + batch), np.full(batch, context + i), tables, size) for i in range(steps)]
+        batches = [_step(FIRST_TOKEN + np.arange(batch), np.full(batch, context + i), tables, size) for i in range(steps)]
         device.step(batches[0])
         began = time.perf_counter()
         for one in batches:
