@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 #: Mean place of an engine's tokens up to which it counts as computing the model.
-SANE = {"bf16": 0.1, "int8": 0.25, "int4": 0.5}
+SANE = {"bf16": 0.02, "int8": 0.1, "int4": 0.3}
 Made = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
