@@ -8,9 +8,12 @@ LANES = 16
 def pair_products(width: int, wide: str, bytes_: str) -> str:
     """LLVM IR of the functions that integers.py calls, on parts of 8 or 16 lanes of 32 bits.
 
-    `wide` multiplies pairs of 16-bit integers and adds them, `bytes_` unsigned by signed 8-bit ones.
+    `wide` multiplies pairs of 16-bit integers and adds them, `bytes_` unsigned by signed 8-bit ones. Additions are written
+    as instructions: LLVM would add products to each other before it adds them to the sums, and run out of registers.
     """
     n = LANES // width
+    add_ints = f'call <{width} x i32> asm "vpaddd $2, $1, $0", "=v,0,v"'
+    add_shorts = f'call <{2 * width} x i16> asm "vpaddw $2, $1, $0", "=v,0,v"'
     part, short, byte = f"<{width} x i32>", f"<{2 * width} x i16>", f"<{4 * width} x i8>"
     text = [f"declare {part} @{wide}({short}, {short})", f"declare {short} @{bytes_}({byte}, {byte})"]
 
@@ -31,10 +34,11 @@ def pair_products(width: int, wide: str, bytes_: str) -> str:
 
     ones = "splat (i16 1)"
     function("add_pairs", "cab", [f"%x# = bitcast {part} %a# to {short}", f"%y# = bitcast {part} %b# to {short}",
-                                  f"%p# = call {part} @{wide}({short} %x#, {short} %y#)", f"%r# = add {part} %c#, %p#"])
+                                  f"%p# = call {part} @{wide}({short} %x#, {short} %y#)",
+                                  f"%r# = {add_ints}({part} %c#, {part} %p#)"])
     function("add_bytes", "cab", [f"%x# = bitcast {part} %a# to {byte}", f"%y# = bitcast {part} %b# to {byte}",
                                   f"%p# = call {short} @{bytes_}({byte} %x#, {byte} %y#)", f"%d# = bitcast {part} %c# to {short}",
-                                  f"%s# = add {short} %d#, %p#", f"%r# = bitcast {short} %s# to {part}"])
+                                  f"%s# = {add_shorts}({short} %d#, {short} %p#)", f"%r# = bitcast {short} %s# to {part}"])
     function("add_shorts", "ca", [f"%x# = bitcast {part} %a# to {short}",
                                   f"%p# = call {part} @{wide}({short} %x#, {short} {ones})", f"%r# = add {part} %c#, %p#"])
     function("even_bytes", "a", [f"%x# = bitcast {part} %a# to {short}", f"%y# = shl {short} %x#, splat (i16 8)",
