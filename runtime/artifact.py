@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from inferloom.runtime import manifest as manifests
 from inferloom.runtime.errors import ArtifactError
-from inferloom.runtime.manifest import FOREIGN, MANIFEST, SEAL, FileInfo, Manifest, kernels_file
+from inferloom.runtime.manifest import FOREIGN, MANIFEST, SEAL, FileInfo, Manifest, kernels_files
 from inferloom.runtime.publish import publish, staging
 from inferloom.runtime.safetensors import read_header
 from inferloom.runtime.weights import Weights, load_verified, load_weights
@@ -80,8 +80,8 @@ class Artifact:
         """ArtifactError unless this runtime has a device for the kernels, and this machine what they need of a CPU."""
         if self.manifest.chip.driver in FOREIGN:
             raise ArtifactError(f"{self.path} was compiled for chip {self.manifest.chip.name}, which this runtime has no device "
-                                f"for: another program must run its {FOREIGN[self.manifest.chip.driver]} by the manifest's "
-                                "plan, or compile the model for this machine (--chip cpu)")
+                                "for: run its kernels/ by the manifest's plan in a program of your own (docs/targets.md), or "
+                                "compile the model for this machine (--chip cpu)")
         chip, machine = self.manifest.chip, platform.machine().lower()
         arch = chip.triple.split("-")[0]
         if arch != _MACHINES.get(machine, machine):
@@ -104,7 +104,7 @@ class Artifact:
                 raise ArtifactError(f"manifest.files: {name!r} is not a plain relative path")
             if not _HASH.fullmatch(info.blake3) or info.bytes < 0:
                 raise ArtifactError(f"manifest.files[{name!r}] must have a BLAKE3 in hex and a size")
-        for name in (kernels_file(self.manifest.chip.driver), w.file):
+        for name in (*sorted(kernels_files(self.manifest)), w.file):
             if name not in files:
                 raise ArtifactError(f"manifest.files does not list {name!r}")
         if w.data_offset + w.bytes != files[w.file].bytes:

@@ -27,8 +27,9 @@ KEY_TILE = 16
 """Tokens that lie together in a block of state."""
 SEAL, MANIFEST = "SEAL", "manifest.json"
 KERNELS_FILE = "kernels/kernels.so"
-FOREIGN = {"wasm": "kernels/kernels.wasm", "opencl": "kernels/kernels.cl", "webgpu": "kernels/kernels.wgsl"}
-"""By driver, the kernels that this runtime has no device for: other programs run them."""
+WASM_FILE = "kernels/kernels.wasm"
+FOREIGN = ("wasm", "opencl", "webgpu")
+"""Drivers that this runtime has no device for: other programs run their kernels."""
 
 Space = Literal["workspace", "weights", "state", "input"]
 Driver = Literal["none", "cuda", "hip", "wasm", "opencl", "webgpu"]
@@ -266,9 +267,11 @@ class Manifest:
         return write(self)
 
 
-def kernels_file(driver: str) -> str:
-    """Where the kernels for a driver are in an artifact."""
-    return FOREIGN.get(driver, KERNELS_FILE)
+def kernels_files(m: Manifest) -> set[str]:
+    """The files of an artifact that hold code."""
+    library = {"wasm": WASM_FILE, "opencl": None, "webgpu": None}.get(m.chip.driver, KERNELS_FILE)
+    launched = {k.launch.file for k in m.kernels if k.launch is not None}
+    return launched | ({library} if library else set())
 
 
 def dumps(manifest: Manifest) -> bytes:

@@ -90,7 +90,20 @@ class GpuChip:
         return int(self.arch.removeprefix("sm_")) if self.driver == "cuda" else 0
 
 
-Chip = CpuChip | GpuChip
+@dataclass(frozen=True, slots=True)
+class SourceChip:
+    """Devices of chips.toml that take source code. `shared`: bytes of memory that every one has for a work-group."""
+
+    name: str
+    description: str
+    driver: str
+    shared: int
+    triple: str = ""
+    arch: str = ""
+    requires: tuple[str, ...] = ()
+
+
+Chip = CpuChip | GpuChip | SourceChip
 
 
 @cache
@@ -99,7 +112,7 @@ def chips() -> dict[str, Chip]:
     data = tomllib.loads(TABLE.read_text())
     table: dict[str, Chip] = {}
     for name, entry in data.items():
-        kind = CpuChip if "mcpu" in entry else GpuChip
+        kind = CpuChip if "mcpu" in entry else GpuChip if "arch" in entry else SourceChip
         unknown = set(entry) - {f.name for f in fields(kind)}
         if unknown:
             raise UnsupportedError(f"chips.toml: chip {name} has unknown keys {sorted(unknown)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.types import DType
-from inferloom.runtime.manifest import kernels_file
+from inferloom.runtime.manifest import KERNELS_FILE, WASM_FILE
 from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress, expert_counts
 from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared, link_wasm
@@ -75,7 +75,8 @@ class CpuTarget:
             facts = expert_counts(source) if kind == "experts" else {}
             infos.append(KernelInfo(source.symbol, kind, number, grid, args, resources=facts))
         code = compile_object(functions, chip.tvm_target)
-        return CompiledModule({kernels_file(chip.driver): link(chip, code, [*functions])}, tuple(infos), (attention.Q_TILE, 0))
+        file = WASM_FILE if chip.driver == "wasm" else KERNELS_FILE
+        return CompiledModule({file: link(chip, code, [*functions])}, tuple(infos), (attention.Q_TILE, 0))
 
 
 def link(chip: CpuChip, code: bytes, symbols: Sequence[str]) -> bytes:

@@ -55,7 +55,7 @@ def lower(source: KernelSource) -> tuple[Any, Grid, tuple[int | str, ...]]:
     body = source.node.attrs["body"]
     if not isinstance(body, Graph):
         raise TypeError(body)
-    program = _Program(body, source)
+    program = RowProgram(body, source)
     fn = kernel(source.symbol, program.signature, program.emit)
     return fn, Grid(program.dim, ROWS_PER_CHUNK, 1), tuple(a for a, _ in program.signature)
 
@@ -74,7 +74,7 @@ def _is(value: Value, dtype: DType) -> bool:
     return isinstance(value.type, TensorType) and value.type.dtype is dtype
 
 
-class _Program:
+class RowProgram:
     def __init__(self, body: Graph, source: KernelSource) -> None:
         self.body, self.layouts = body, source.layouts
         self.users = body.users()
@@ -140,8 +140,11 @@ class _Program:
         # TVM has no arrays of booleans: comparisons are repeated instead.
         if not value.cheap and not _is(result, DType.BOOL) and (
                 reads > 1 or any(u.op in _REREADS for u in users)):
-            value = materialize(value, row, computed(result))
+            value = self._materialize(value, row, computed(result))
         self.env[result] = value
+
+    def _materialize(self, value: RowValue, row: Expr, kind: str) -> RowValue:
+        return materialize(value, row, kind)
 
     def _of(self, value: Value | None) -> RowValue:
         if value is None:
@@ -188,7 +191,7 @@ class _Program:
 
     def _permute(self, node: Node, row: Expr) -> RowValue:
         x, shape = self._of(node.operands[0]), self._shape(node.result)
-        axes = [self._axis(node, a) for a in _axes(node)[1:]]
+        axes = [self._axis(node, a) for a in axes_of(node)[1:]]
 
         def load(row: Expr, index: Any, lanes: int) -> Expr:
             moved = [index[axes.index(a)] for a in range(len(axes))]
@@ -221,7 +224,7 @@ class _Program:
 
     def _reduced(self, node: Node, row: Expr, start: float, combine: Any, mean: bool) -> RowValue:
         x = self._of(node.operands[0])
-        axes = sorted(self._axis(node, a) for a in _axes(node))
+        axes = sorted(self._axis(node, a) for a in axes_of(node))
         if axes == [0] and len(x.shape) > 1 and not mean and not bool(node.attrs["keepdims"]):
             return self._reduced_first(x, self._shape(node.result), start, combine)
         if axes != list(range(len(x.shape) - len(axes), len(x.shape))):
@@ -410,7 +413,7 @@ class _Program:
         loop(source.shape, lanes, put)
 
 
-def _axes(node: Node) -> list[int]:
+def axes_of(node: Node) -> list[int]:
     axes = node.attrs["axes"]
     if not isinstance(axes, tuple):
         raise TypeError(axes)

@@ -161,14 +161,22 @@ def test_manifest_that_does_not_fit_the_files(toy):
         seal(toy, replace(manifest, weights=shifted))
 
 
-@pytest.mark.parametrize("driver", sorted(manifests.FOREIGN))
+@pytest.mark.parametrize("driver", manifests.FOREIGN)
 def test_what_other_programs_run_is_refused(toy, driver):
     artifact = Artifact.open(toy)
     there = Artifact(toy, replace(artifact.manifest, chip=replace(artifact.manifest.chip, name="other", driver=driver)))
-    with pytest.raises(ArtifactError, match=f"chip other, which this runtime has no device for.*{manifests.FOREIGN[driver]}"):
+    with pytest.raises(ArtifactError, match="chip other, which this runtime has no device for"):
         there.check_chip()
-    with pytest.raises(ArtifactError, match=f"does not list '{manifests.FOREIGN[driver]}'"):
-        there._check_files()
+
+
+def test_files_of_code_must_be_there(toy):
+    manifest = Artifact.open(toy).manifest
+    wasm = replace(manifest, chip=replace(manifest.chip, driver="wasm"))
+    source = replace(manifest, chip=replace(manifest.chip, driver="opencl"), kernels=tuple(
+        replace(k, launch=manifests.Launch("kernels/one.cl", 64, 0, 0, 1)) for k in manifest.kernels))
+    for changed, file in ((wasm, "kernels/kernels.wasm"), (source, "kernels/one.cl")):
+        with pytest.raises(ArtifactError, match=f"does not list '{file}'"):
+            Artifact(toy, changed)._check_files()
 
 
 def test_other_chips_are_refused(toy, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from inferloom.runtime.errors import ArtifactError
-from inferloom.runtime.manifest import FOREIGN
+from inferloom.runtime.manifest import WASM_FILE
 from tests.targets.cross.conftest import missing, steps
 from tests.targets.cross.job import model_job, read_output, run_here
 
@@ -25,7 +25,7 @@ def test_step(dtype: str, compiled, tmp_path: Path) -> None:  # type: ignore[no-
     here, there = compiled("cpu", dtype), compiled("wasm32", dtype)
     batches = steps(there.manifest)
     (tmp_path / "job").write_bytes(model_job(there, batches))
-    done = subprocess.run([str(node), DRIVER, there.path / FOREIGN["wasm"], tmp_path / "job", tmp_path / "out"],
+    done = subprocess.run([str(node), DRIVER, there.path / WASM_FILE, tmp_path / "job", tmp_path / "out"],
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     got = read_output((tmp_path / "out").read_bytes(), there.manifest, batches)
