@@ -61,10 +61,12 @@ contracts:
 docs: $(INSTALLED)
 	@$(BIN)/python -m inferloom.ir.docs docs/ops.md
 	@$(BIN)/python -m inferloom.compiler.architectures docs/models.md
+	@$(BIN)/python -m inferloom.targets.docs docs/targets.md
 
 check-docs: $(INSTALLED)
 	@echo "==> generated docs"; $(BIN)/python -m inferloom.ir.docs --check docs/ops.md \
-		&& $(BIN)/python -m inferloom.compiler.architectures --check docs/models.md
+		&& $(BIN)/python -m inferloom.compiler.architectures --check docs/models.md \
+		&& $(BIN)/python -m inferloom.targets.docs --check docs/targets.md
 
 unit slow: export XDG_CACHE_HOME := $(CURDIR)/build/cache
 unit: $(INSTALLED)

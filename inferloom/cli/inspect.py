@@ -105,7 +105,7 @@ def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> 
     out.print(f"model    {model['name']}: {model['architecture']}, {model['dtype']}{quantized(manifest)}, "
               f"vocabulary {model['vocab_size']}, up to {model['max_model_len']} tokens")
     needs = f"{chip['driver']} device {chip['arch']}" if chip["arch"] else ", ".join(chip["features"]) or "nothing special"
-    out.print(f"chip     {chip['name']}: {chip['triple']}, needs {needs}")
+    out.print(f"chip     {chip['name']}: {chip['triple'] or 'source for any ' + chip['driver'] + ' device'}, needs {needs}")
     out.print(f"step     up to {dims['tokens']} tokens, {dims['seqs']} sequences, {dims['rows']} logit rows")
     out.print("made by  " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()))
     _show_contract(manifest, contract(manifest, budget))

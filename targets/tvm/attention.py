@@ -46,12 +46,12 @@ def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str
     body = source.node.attrs["body"]
     if not isinstance(body, Graph):
         raise TypeError(body)
-    made = Attention(body, source, isa)
+    made = _Attention(body, source, isa)
     fn = kernel(source.symbol, made.signature, made.emit, isa.llvm + llvm(isa))
     return fn, Grid(3, 1, made.state.heads * made.parts), tuple(a for a, _ in made.signature)
 
 
-class Attention:
+class _Attention:
     def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
         (self.node,) = (n for n in body.nodes if n.op == "paged_attention")
         for node in body.nodes:

@@ -16,7 +16,9 @@ Expr = Any
 
 
 def as_float(x: Expr, lanes: int) -> Expr:
-    """Integers as floats, hidden from TVM's analysis, which fails on products of such floats."""
+    """Integers as floats, hidden from TVM's analysis (where it runs), which fails on products of such floats."""
+    if vmath.is_plain():
+        return bind(T.cast(x, f32(lanes)))
     return bind(T.reinterpret(f32(lanes), T.reinterpret(typed("int32", lanes), T.cast(x, f32(lanes)))))
 
 

@@ -56,6 +56,11 @@ def dialect(wanted: Dialect) -> Iterator[None]:
         _dialect.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether kernels are written for devices that are reached by source code."""
+    return _dialect.get() is Dialect.PLAIN
+
+
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
     """a * b + c with one rounding, where the dialect has it."""
     if _dialect.get() is not Dialect.LLVM:
@@ -67,7 +72,7 @@ _PLAIN = {"llvm.sqrt": T.sqrt, "llvm.fabs": T.fabs, "llvm.floor": T.floor, "llvm
 
 
 def _unary(name: str, x: Expr, lanes: int) -> Expr:
-    if _dialect.get() is Dialect.PLAIN:
+    if is_plain():
         return _PLAIN[name](x)
     return T.call_llvm_pure_intrin(f32(lanes), name, x)
 

@@ -7,21 +7,27 @@ chunking or batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.graph import Graph
+from inferloom.ir.graph import Graph, Value
 from inferloom.ir.ops.attention import Q_POS
+from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.attention import KEYS, LOWEST, Attention
 from inferloom.targets.tvm.emit import bind
-from inferloom.targets.tvm.isa import CpuIsa
+from inferloom.targets.tvm.kvlayout import KEYS
 from inferloom.targets.tvm.portable.emit import THREADS, Group, device_kernel, local
+from inferloom.targets.tvm.rows import storage
+from inferloom.targets.tvm.scalars import as_float, emit_expr
 
 Expr = Any
+#: What a row that has seen no key yet, and a key that is not seen, have for a score.
+LOWEST = -1e30
 
 
 def lower(source: KernelSource, limit: int) -> tuple[Any, int, Grid, tuple[int | str, ...]]:
@@ -29,17 +35,35 @@ def lower(source: KernelSource, limit: int) -> tuple[Any, int, Grid, tuple[int |
     body = source.node.attrs["body"]
     if not isinstance(body, Graph):
         raise TypeError(body)
-    made = _DeviceAttention(body, source, CpuIsa(1, 1, 1))
+    made = _DeviceAttention(body, source)
     fn, shared = device_kernel(source, made.signature, limit, made.emit_device)
     return fn, shared, Grid(3, 1, made.heads), (*(a for a, _ in made.signature), "dims")
 
 
-class _DeviceAttention(Attention):
-    def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
-        super().__init__(body, source, isa)
-        for what, is_so in (("latent attention", self.state.latent), ("attention to chosen blocks", self.chosen >= 0)):
+class _DeviceAttention:
+    def __init__(self, body: Graph, source: KernelSource) -> None:
+        (self.node,) = (n for n in body.nodes if n.op == "paged_attention")
+        for node in body.nodes:
+            if node.op not in ("paged_attention", "reshape", "cast"):
+                raise UnsupportedError(f"{node.loc}: {node.op} cannot follow attention in one kernel")
+        q, state, starts, lens, tables, *extra = (_value(v) for v in self.node.operands)
+        if not isinstance(state.type, StateType) or not isinstance(q.type, TensorType) or not isinstance(tables.type, TensorType):
+            raise TypeError(state)
+        self.state, self.heads = state.type, int(str(q.type.shape[1]))
+        for what, is_so in (("latent attention", self.state.latent), (f"a cache of {self.state.dtype}", self.state.dtype is not DType.F32),
+                            ("attention to chosen blocks", int(str(self.node.attrs["chosen"])) >= 0)):
             if is_so:
                 raise UnsupportedError(f"{self.node.loc}: devices reached by source cannot lower {what} yet")
+        self.group = self.heads // self.state.heads
+        inputs = [body.inputs.index(v) for v in (q, state, starts, lens, tables, *extra)]
+        (out,) = body.outputs
+        types = ["float32", "float32", "int32", "int32", "int32", *(storage(v) for v in extra)]
+        self.signature: list[tuple[int | str, str]] = list(zip(inputs, types, strict=True))
+        self.signature += [(len(body.inputs), storage(out)), ("q_tiles", "int32")]
+        self.ldq, self.ldo = source.layouts[inputs[0]].ld, source.layouts[len(body.inputs)].ld
+        self.columns = int(str(tables.type.shape[1]))
+        self.stride = source.layouts[inputs[1]].block_stride // 4
+        self.extra = len(extra)
 
     def emit_device(self, views: list[Expr], dims: Expr, chunk: Expr, group: Group) -> None:
         q, self.pool, starts, self.lens, self.tables = views[:5]
@@ -76,7 +100,7 @@ class _DeviceAttention(Attention):
                 scale = T.float32(float(str(self.node.attrs["scale"])))
                 env = {"score": bind(score[0] * scale), "k_pos": key, "head": head, **where}
                 seen = T.And(key <= last, self._scalar("visible", env))
-                T.buffer_store(score, T.Select(seen, _float(self._scalar("score", env)), T.float32(LOWEST)), [0])
+                T.buffer_store(score, T.Select(seen, as_float(self._scalar("score", env), 1), T.float32(LOWEST)), [0])
                 T.buffer_store(probs, score[0], [thread])
                 group.barrier()
                 new = local(1)
@@ -106,6 +130,15 @@ class _DeviceAttention(Attention):
                     with T.Then():
                         T.buffer_store(result, acc[c] * inverse, [token * self.ldo + head * dv + c * THREADS + thread])
 
+    def _expr(self, name: str) -> scalar.Expr:
+        made = self.node.attrs[name]
+        if not isinstance(made, scalar.Expr):
+            raise TypeError(made)
+        return made
+
+    def _scalar(self, name: str, env: Mapping[str, Expr]) -> Expr:
+        return emit_expr(self._expr(name), env, self.extras, 1)
+
     def _place(self, seq: Expr, head: Expr, key: Expr) -> tuple[Expr, Expr]:
         """Where the tile of 16 tokens that a key is in begins, and which of it the key is; beyond the last, the last."""
         state = self.state
@@ -115,5 +148,7 @@ class _DeviceAttention(Attention):
         return bind(page * self.stride + tile * (KEYS * state.per_token)), bind(key % KEYS)
 
 
-def _float(x: Expr) -> Expr:
-    return T.cast(x, "float32")
+def _value(value: Value | None) -> Value:
+    if value is None:
+        raise TypeError("operand is required")
+    return value

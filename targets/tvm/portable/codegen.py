@@ -14,6 +14,7 @@ from tvm import tirx
 from tvm.tirx import compilation_pipeline
 
 from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Graph
 from inferloom.ir.types import DType
 from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Launch, Logits, Lowering, Progress
 from inferloom.targets.chips import SourceChip
@@ -24,6 +25,8 @@ from inferloom.targets.tvm.vmath import Dialect, dialect
 #: Tokens of an attention tile.
 Q_TILE = 16
 SUFFIX = {"opencl": "cl", "webgpu": "wgsl"}
+#: What stands for infinity and for NaN in WGSL, which has neither.
+LARGEST = "3.4028234663852886e+38f"
 _INT32_MAX = 2**31 - 1
 _LOWER = {"row": rows.lower, "matmul": matmul.lower, "attention": attention.lower}
 
@@ -48,6 +51,7 @@ class SourceTarget:
             kind = str(source.node.attrs["kind"])
             if kind not in _LOWER:
                 raise UnsupportedError(f"{source.node.loc}: {self.chip.name} has no kernels of kind {kind!r} yet")
+            self._check_types(source)
             with dialect(Dialect.PLAIN):
                 fn, shared, grid, args = _LOWER[kind](source, self.chip.shared)
             file = f"kernels/{source.symbol}.{SUFFIX[self.chip.driver]}"
@@ -56,6 +60,20 @@ class SourceTarget:
             infos.append(KernelInfo(source.symbol, kind, number, grid, args, Launch(file, THREADS, shared, 0, _INT32_MAX),
                                     {"buffers": list(SPACES), "writes": written(text, source.symbol)}))
         return CompiledModule(files, tuple(infos), (Q_TILE, 0))
+
+    def _check_types(self, source: KernelSource) -> None:
+        """UnsupportedError when a kernel computes with or stores what the languages lack or the buffers do not hold."""
+        body = source.node.attrs["body"]
+        if not isinstance(body, Graph):
+            raise TypeError(body)
+        made = [(f"{n.loc}: {n.op} makes", v) for n in body.nodes for v in n.results]
+        for what, value in [*made, *((f"{source.node.loc}: an operand of", v) for v in body.inputs)]:
+            dtype = getattr(value.type, "dtype", DType.F32)
+            if dtype not in (DType.F32, DType.I32, DType.BOOL):
+                raise UnsupportedError(f"{what} {dtype}; {self.chip.name} has f32 only: compile with --dtype fp32")
+        for value in body.outputs:
+            if getattr(value.type, "dtype", DType.F32) is not DType.F32:
+                raise UnsupportedError(f"{source.node.loc}: {self.chip.name} cannot store {value.type}")
 
 
 def source_of(symbol: str, fn: Any, kind: str) -> str:
@@ -69,7 +87,8 @@ def source_of(symbol: str, fn: Any, kind: str) -> str:
         t.StmtSimplify(), t.FlattenBuffer(), t.UnrollLoop(), t.StmtSimplify(), t.RemoveNoOp(),
         t.CommonSubexprElim(), compilation_pipeline.finalize_device_passes(),
     ])(tvm.IRModule({tvm.ir.GlobalVar(symbol): fn}))
-    return str(tvm.get_global_func(f"target.build.{kind}")(module, target).inspect_source())
+    text = str(tvm.get_global_func(f"target.build.{kind}")(module, target).inspect_source())
+    return re.sub(r"\b(inff|nanf)\b", LARGEST, text) if kind == "webgpu" else text
 
 
 def written(text: str, symbol: str) -> list[str]:

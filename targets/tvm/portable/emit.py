@@ -23,8 +23,6 @@ THREADS = 64
 SPACES = {"input": "int32", "state": "float32", "weights": "float32", "workspace": "float32"}
 #: TIR wants a size for buffers of which only the caller knows it.
 _MOST = 1 << 30
-#: WGSL has no infinities.
-LOWEST = -3.4028234663852886e38
 
 
 class Group:
@@ -61,6 +59,16 @@ class Group:
                     body(unflatten(place, shape))
 
 
+class _Unreadable:
+    """An operand that is refused if a kernel does read it."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def __getitem__(self, index: object) -> Expr:
+        raise UnsupportedError(self.why)
+
+
 def local(elements: int) -> Expr:
     """A thread's own floats."""
     return T.alloc_buffer((elements,), "float32", scope="local")
@@ -83,18 +91,18 @@ def device_kernel(source: KernelSource, signature: Sequence[tuple[int | str, str
     """
     where = str(source.node.loc)
     spaces = ["input" if isinstance(arg, str) else source.layouts[arg].space for arg, _ in signature] + ["input"]
-    for space, (arg, dtype) in zip(spaces, signature, strict=False):
-        if SPACES[space] != dtype:
-            raise UnsupportedError(f"{where}: {dtype} in {space} (argument {arg}); devices reached by source have "
-                                   f"{SPACES[space]} there")
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(source.symbol)
             handles = {space: T.arg(space, T.handle(dtype)) for space, dtype in SPACES.items()}
             offsets = [T.arg(f"at{i:02d}", T.int32()) for i in range(len(spaces))]
             chunks = T.arg("chunks", T.int32())
-            views = [T.decl_buffer((_MOST,), SPACES[space], data=handles[space], align=4, elem_offset=offset)
-                     for space, offset in zip(spaces, offsets, strict=True)]
+            views: list[Any] = [T.decl_buffer((_MOST,), SPACES[space], data=handles[space], align=4, elem_offset=offset)
+                                for space, offset in zip(spaces, offsets, strict=True)]
+            for i, (arg, dtype) in enumerate(signature):
+                if SPACES[spaces[i]] != dtype:
+                    views[i] = _Unreadable(f"{where}: {dtype} in {spaces[i]} (argument {arg}); devices reached by source have "
+                                           f"{SPACES[spaces[i]]} there")
             block, thread = T.env_thread("blockIdx.x"), T.env_thread("threadIdx.x")
             group = Group(thread, limit, where)
             # Grids may be rounded up: groups beyond do the last chunk too, which writes the same values again.

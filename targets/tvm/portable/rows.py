@@ -18,7 +18,7 @@ from inferloom.ir.types import StateType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import bind
-from inferloom.targets.tvm.portable.emit import LOWEST, THREADS, Group, device_kernel, unflatten
+from inferloom.targets.tvm.portable.emit import THREADS, Group, device_kernel, unflatten
 from inferloom.targets.tvm.rows import RowProgram, axes_of
 from inferloom.targets.tvm.rowvalue import RowValue, flat, in_scratch, last, memory
 
@@ -114,7 +114,7 @@ class _DeviceRow(RowProgram):
         if axes != list(range(len(x.shape) - len(axes), len(x.shape))):
             raise UnsupportedError(f"{node.loc}: {node.op} over axes {axes}; {self.chip} reduces trailing axes only")
         count = prod(x.shape[axes[0]:])
-        made = self._reduce(x, row, len(axes), max(start, LOWEST), combine, lambda s: s * T.float32(1 / count) if mean else s)
+        made = self._reduce(x, row, len(axes), start, combine, lambda s: s * T.float32(1 / count) if mean else s)
         return RowValue(self._shape(node.result), 1, lambda row, index, lanes: made.load(row, list(index[:axes[0]]), 1))
 
     def _rms_norm(self, node: Node, row: Expr) -> RowValue:

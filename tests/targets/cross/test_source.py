@@ -14,7 +14,6 @@ import inferloom
 from inferloom.ir.errors import UnsupportedError
 from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.errors import ArtifactError
-from inferloom.runtime.manifest import Kernel
 from tests.targets.cross.conftest import missing, steps
 from tests.targets.cross.device import SPACES, Device, run
 from tests.targets.cross.job import run_here
@@ -42,10 +41,10 @@ class OpenCL(Device):
         self.cl.enqueue_copy(self.queue, data, self.buffers[space], src_offset=offset)
         return data.tobytes()
 
-    def build(self, kernel: Kernel, source: str) -> Any:
+    def build(self, kernel: Any, source: str) -> Any:
         return getattr(self.cl.Program(self.context, source).build(), kernel.symbol)
 
-    def launch(self, program: Any, kernel: Kernel, chunks: int, scalars: Sequence[int]) -> None:
+    def launch(self, program: Any, kernel: Any, chunks: int, scalars: Sequence[int]) -> None:
         assert kernel.launch is not None
         threads = kernel.launch.threads
         program(self.queue, (chunks * threads,), (threads,), *(self.buffers[s] for s in SPACES), *map(np.int32, scalars))
@@ -71,7 +70,7 @@ class WebGPU(Device):
     def read(self, space: str, offset: int, size: int) -> bytes:
         return bytes(self.device.queue.read_buffer(self.buffers[space], offset, size))
 
-    def build(self, kernel: Kernel, source: str) -> Any:
+    def build(self, kernel: Any, source: str) -> Any:
         types = ["storage" if s in kernel.resources["writes"] else "read-only-storage" for s in SPACES] + ["uniform"]
         layout = self.device.create_bind_group_layout(entries=[
             {"binding": i, "visibility": self.wgpu.ShaderStage.COMPUTE, "buffer": {"type": t}} for i, t in enumerate(types)])
@@ -80,7 +79,7 @@ class WebGPU(Device):
             compute={"module": self.device.create_shader_module(code=source), "entry_point": kernel.symbol})
         return layout, pipeline
 
-    def launch(self, program: Any, kernel: Kernel, chunks: int, scalars: Sequence[int]) -> None:
+    def launch(self, program: Any, kernel: Any, chunks: int, scalars: Sequence[int]) -> None:
         layout, pipeline = program
         x = min(chunks, 65535)
         z = -(-chunks // x)
