@@ -50,7 +50,8 @@ class _DeviceAttention:
         if not isinstance(state.type, StateType) or not isinstance(q.type, TensorType) or not isinstance(tables.type, TensorType):
             raise TypeError(state)
         self.state, self.heads = state.type, int(str(q.type.shape[1]))
-        for what, is_so in (("latent attention", self.state.latent), (f"a cache of {self.state.dtype}", self.state.dtype is not DType.F32),
+        for what, is_so in (("latent attention", self.state.latent),
+                            (f"a cache of {self.state.dtype}", self.state.dtype is not DType.F32),
                             ("attention to chosen blocks", int(str(self.node.attrs["chosen"])) >= 0)):
             if is_so:
                 raise UnsupportedError(f"{self.node.loc}: devices reached by source cannot lower {what} yet")
