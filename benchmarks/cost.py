@@ -39,7 +39,8 @@ def step_cost(artifact: Path) -> Cost:
     read: dict[int, int] = {}
     experts: dict[int, tuple[int, int, int]] = {}
     per_token = per_row = 0
-    last = max(i for i, call in enumerate(manifest["plan"]) if _writes(call, manifest["output"]["offset"]))
+    last = max(i for i, call in enumerate(manifest["plan"]) if _writes(call, manifest["output"]["offset"])
+               and manifest["kernels"][call["kernel"]]["kind"] != "sampling")
     for number, call in enumerate(manifest["plan"]):
         kernel: dict[str, Any] = manifest["kernels"][call["kernel"]]
         if kernel["kind"] not in ("matmul", "experts"):

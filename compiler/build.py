@@ -239,7 +239,10 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
              for call in compiled.selection.calls for i in by_source[call.kernel]]
     calls += [m.Call(i, tuple(_arg(a, (), scratch, logits) for a in k.args)) for i, k in enumerate(module.kernels)
               if k.source < 0]
-    top = m.Top(module.top.count, scratch + module.top.keys, scratch + module.top.stats) if module.top else None
+    top, sums = None, module.top.sums if module.top else None
+    if module.top is not None:
+        top = m.Top(module.top.count, scratch + module.top.keys, scratch + module.top.stats,
+                    m.Sums(scratch + sums.offset, sums.count, sums.columns) if sums else None)
     groups = tuple(m.StateGroup(g.kind, g.window, len(g.tables), tuple(  # type: ignore[arg-type]
         _layer(plan.states[i], plan.state.places[i], g.tables[0]) for i in g.members)) for g in plan.state.groups)
     state = m.State(options.block_tokens, plan.bytes_per_block, groups)

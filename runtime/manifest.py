@@ -139,17 +139,30 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Sums:
+    """f32 [rows, count] at a byte offset in the workspace: of each run of `columns` logits, the sum of exp((logit - the
+    row's largest) * sharpness).
+    """
+
+    offset: int
+    count: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Top:
     """Where a device leaves each row's `count` largest logits, as byte offsets in the workspace.
 
     `keys`: i64 [rows, count], largest first. A key's upper half is the logit's bits, those of a negative one but
     the sign flipped, so that keys sort as logits; the lower half is 2**31 - 1 less the token's id. `stats`: f32
-    [rows, 2], the row's largest logit times its `sharpness`, and the sum of exp(logit * sharpness - that).
+    [rows, 2], the row's largest logit times its `sharpness`, and the sum of exp(logit * sharpness - that), which is NaN
+    if a logit is NaN or infinity. `sums`, where there are any, are those of parts of a row.
     """
 
     count: int
     keys: int
     stats: int
+    sums: Sums | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +370,11 @@ def _problems(m: Manifest) -> Iterator[str]:
             yield f"output.top must have keys before stats: {out.top}"
         if any(at < 0 or at % 8 or at + m.dims.rows * size > m.memory.workspace for at, size in places):
             yield f"output.top leaves memory.workspace: {out.top}"
+        sums = out.top.sums
+        if sums is not None and not (sums.columns >= 1 and sums.count * sums.columns >= out.vocab and sums.offset >= 0
+                                     and sums.offset % 4 == 0
+                                     and sums.offset + m.dims.rows * sums.count * 4 <= m.memory.workspace):
+            yield f"output.top.sums must cover the vocabulary, within memory.workspace: {sums}"
     for i, kernel in enumerate(m.kernels):
         if not -1 <= kernel.grid.dim < len(DIMS) or kernel.grid.tile < 1 or kernel.grid.mult < 0:
             yield f"kernels[{i}].grid must have dim in -1..{len(DIMS) - 1}, tile >= 1 and mult >= 0, got {kernel.grid}"

@@ -109,7 +109,8 @@ def _from_top(row: TopRow, params: SamplingParams, rng: np.random.Generator | No
         return None
     if rng is None:
         return int(row.ids[0])
-    scaled = (row.values.astype(np.float64) - np.float64(row.values[0])) / params.temperature
+    with np.errstate(over="ignore"):
+        scaled = (row.values.astype(np.float64) - np.float64(row.values[0])) / params.temperature
     ids = row.ids
     if 0 < params.top_k <= len(ids):
         ids, scaled = ids[:params.top_k], scaled[:params.top_k]
@@ -117,7 +118,9 @@ def _from_top(row: TopRow, params: SamplingParams, rng: np.random.Generator | No
         return _pick(scaled[order], ids[order], params, rng)
     if params.top_k > 0:
         return None
-    probs = np.exp(scaled - (row.log_total - np.float64(row.values[0]) / params.temperature))
+    if params.min_p == 0 and params.top_p == 1:
+        return None if row.sums is None else _from_sums(row, row.sums, params, rng)
+    probs = np.exp(scaled - row.log_sum)
     if params.min_p > 0 and probs[-1] < params.min_p * probs[0]:
         kept = probs >= params.min_p * probs[0]
     elif params.min_p == 0 and params.top_p < 1 and probs[:-1].sum() >= params.top_p:
@@ -127,6 +130,19 @@ def _from_top(row: TopRow, params: SamplingParams, rng: np.random.Generator | No
         return None
     order = np.argsort(ids[kept])
     return _pick(scaled[kept][order], ids[kept][order], params, rng)
+
+
+def _from_sums(row: TopRow, sums: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
+    """One of all tokens: the run that the draw falls in, and then the token in it."""
+    ends = np.cumsum(sums, dtype=np.float64)
+    drawn = rng.random() * ends[-1]
+    run = min(int(np.searchsorted(ends, drawn, side="right")), int(np.flatnonzero(sums)[-1]))
+    first = run * row.columns
+    logits = row.row()[first:first + row.columns].astype(np.float64)
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits - np.float64(row.values[0])) / params.temperature)
+    choice = int(np.searchsorted(np.cumsum(weights), drawn - (ends[run - 1] if run else 0.0), side="right"))
+    return first + min(choice, int(np.flatnonzero(weights)[-1]))
 
 
 def _pick(scaled: np.ndarray, ids: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:

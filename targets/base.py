@@ -95,12 +95,22 @@ class Logits:
 
 
 @dataclass(frozen=True, slots=True)
+class Sums:
+    """Where in scratch memory the sums of each row's runs are; see the class of this name in the manifest."""
+
+    offset: int
+    count: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Top:
     """Where in scratch memory the `count` largest logits of each row are; see the class of this name in the manifest."""
 
     count: int
     keys: int
     stats: int
+    sums: Sums | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class Device(Protocol):
     timeline: Timeline | None
 
     def step(self, batch: StepBatch) -> NDArray[np.float32] | TopRows:
-        """Logits f32 [R, vocab], valid until the next step; a GPU keeps them, and gives the largest of each row.
+        """Logits f32 [R, vocab], valid until the next step; where the artifact has `output.top`, the largest of each row.
 
         RequestError on a batch out of bounds.
         """

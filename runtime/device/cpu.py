@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -16,6 +17,7 @@ from inferloom.runtime.device.library import KernelLibrary
 from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.manifest import KERNELS_FILE
 from inferloom.runtime.memory import Arena
+from inferloom.runtime.top import TopRows
 from inferloom.runtime.trace import Timeline
 
 #: Pointers that a CPU kernel takes.
@@ -47,7 +49,7 @@ class CpuDevice:
             raise RequestError(f"threads={self.threads} must be 1 to 256")
         artifact.check_chip()
         self._library = KernelLibrary(artifact.read(KERNELS_FILE), str(artifact.path / KERNELS_FILE))
-        self._closed = False
+        self._closed, self._steps = False, 0
         try:
             self._weights = artifact.load_weights()
             self._workspace = Arena(m.memory.workspace, "the workspace")
@@ -62,23 +64,32 @@ class CpuDevice:
             self.close()
             raise
 
-    def step(self, batch: StepBatch) -> NDArray[np.float32]:
+    def step(self, batch: StepBatch) -> NDArray[np.float32] | TopRows:
         if self.timeline is None:
-            return self._run(batch, None)
-        return self._timed(batch, self.timeline)[0]
+            self._run(batch, None)
+        else:
+            self._timed(batch, self.timeline)
+        rows, top, memory = len(batch.logit_rows), self.manifest.output.top, self._workspace.bytes
+        if top is None:
+            return self._logits(0, rows)
+        sums = top.sums
+        return TopRows(np.ndarray((rows, top.count), np.int64, memory, top.keys),
+                       np.ndarray((rows, 2), np.float32, memory, top.stats), partial(self._fetch, self._steps),
+                       np.ndarray((rows, sums.count), np.float32, memory, sums.offset) if sums else None,
+                       sums.columns if sums else 0)
 
     def profile(self, batch: StepBatch) -> list[tuple[str, int]]:
         """Run a step; the kernel's symbol and nanoseconds of each call, in order."""
-        ns = self._timed(batch, Timeline())[1]
+        ns = self._timed(batch, Timeline())
         return [(self.manifest.kernels[call.kernel].symbol, t) for call, t in zip(self.manifest.plan, ns)]
 
-    def _timed(self, batch: StepBatch, timeline: Timeline) -> tuple[NDArray[np.float32], list[int]]:
+    def _timed(self, batch: StepBatch, timeline: Timeline) -> list[int]:
         m = self.manifest
         times = (ctypes.c_uint64 * max(len(m.plan), 1))()
-        logits = self._run(batch, ctypes.addressof(times), timeline)
+        self._run(batch, ctypes.addressof(times), timeline)
         ns = [int(t) for t in times[:len(m.plan)]]
         timeline.kernels((m.kernels[call.kernel] for call in m.plan), ns)
-        return logits, ns
+        return ns
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for pair in pairs:
@@ -113,7 +124,7 @@ class CpuDevice:
                  trace: TracebackType | None) -> None:
         self.close()
 
-    def _run(self, batch: StepBatch, ns: int | None, timeline: Timeline | None = None) -> NDArray[np.float32]:
+    def _run(self, batch: StepBatch, ns: int | None, timeline: Timeline | None = None) -> None:
         self._check_open()
         m = self.manifest
         check_batch(batch, m, self.num_blocks)
@@ -121,8 +132,19 @@ class CpuDevice:
         if timeline is not None:
             timeline.mark("inputs")
         self._library.step(*self._plan_at, ns)
-        out = m.output
-        return np.ndarray((len(batch.logit_rows), out.vocab), np.float32, self._workspace.bytes, out.offset, (out.ld * 4, 4))
+        self._steps += 1
+
+    def _fetch(self, step: int, begin: int, end: int) -> NDArray[np.float32]:
+        """Rows `begin` to `end` of the logits of step number `step`, which must be the last; they are there until the next."""
+        self._check_open()
+        if step != self._steps:
+            raise RequestError("the logits of a step are gone after the next one: fetch rows before it")
+        return self._logits(begin, end)
+
+    def _logits(self, begin: int, end: int) -> NDArray[np.float32]:
+        out = self.manifest.output
+        return np.ndarray((end - begin, out.vocab), np.float32, self._workspace.bytes, out.offset + begin * out.ld * 4,
+                          (out.ld * 4, 4))
 
     def _plan(self) -> ctypes.Array[Call]:
         m = self.manifest

@@ -15,6 +15,7 @@ from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared, link_wasm
 from inferloom.targets.tvm import attention, blocks, experts, matmul, quantized, rows, scan
 from inferloom.targets.tvm.isa import CpuIsa
+from inferloom.targets.tvm.sampling import Sampling
 from inferloom.targets.tvm.toolchain import compile_object
 from inferloom.targets.tvm.vmath import Dialect, dialect
 
@@ -49,9 +50,9 @@ class CpuTarget:
     def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
         """Generate, compile and link all kernels of an artifact."""
         with dialect(Dialect.LLVM if self.chip.fused else Dialect.LLVM_UNFUSED):
-            return self._compile(sources)
+            return self._compile(sources, logits)
 
-    def _compile(self, sources: Sequence[KernelSource]) -> CompiledModule:
+    def _compile(self, sources: Sequence[KernelSource], logits: Logits) -> CompiledModule:
         chip, isa = self.chip, isa_of(self.chip)
         functions, infos = {}, list[KernelInfo]()
         for number, source in enumerate(sources):
@@ -74,9 +75,12 @@ class CpuTarget:
             functions[source.symbol] = fn
             facts = expert_counts(source) if kind == "experts" else {}
             infos.append(KernelInfo(source.symbol, kind, number, grid, args, resources=facts))
+        sampling = Sampling(logits)
+        functions |= sampling.functions
         code = compile_object(functions, chip.tvm_target)
         file = WASM_FILE if chip.driver == "wasm" else KERNELS_FILE
-        return CompiledModule({file: link(chip, code, [*functions])}, tuple(infos), (attention.Q_TILE, 0))
+        return CompiledModule({file: link(chip, code, [*functions])}, (*infos, *sampling.infos), (attention.Q_TILE, 0),
+                              sampling.scratch, sampling.top)
 
 
 def link(chip: CpuChip, code: bytes, symbols: Sequence[str]) -> bytes:

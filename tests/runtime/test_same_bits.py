@@ -30,7 +30,7 @@ class Recording(Engine):
         self.rows: dict[str, list[np.ndarray]] = {}
 
     def _next(self, item: Work, logits: Any, row: int, *rest: Any) -> Any:
-        self.rows.setdefault(item.sequence.request.id, []).append(logits[row].copy())
+        self.rows.setdefault(item.sequence.request.id, []).append(logits[row].row().copy())
         return super()._next(item, logits, row, *rest)
 
 
