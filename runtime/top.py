@@ -59,13 +59,9 @@ class TopRows:
         with np.errstate(invalid="ignore", divide="ignore"):
             sums = np.log(self._stats[:, 1].astype(np.float64))
         finite = (np.isfinite(self._stats).all(axis=1) & np.isfinite(sums)).tolist()
-        return [TopRow(values[i, :n], ids[i, :n], total, good, partial(self._row, i),
+        return [TopRow(values[i, :n], ids[i, :n], total, good, partial(_row, self._fetch, i),
                        None if self._runs is None else self._runs[i], self._columns)
                 for i, (n, total, good) in enumerate(zip(counts, sums.tolist(), finite))]
-
-    def _row(self, i: int) -> NDArray[np.float32]:
-        row: NDArray[np.float32] = self._fetch(i, i + 1)[0]
-        return row
 
     def __getitem__(self, i: int) -> TopRow:
         return self._rows[i]
@@ -75,3 +71,9 @@ class TopRows:
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> NDArray[np.float32]:
         return np.asarray(self._fetch(0, len(self)), dtype)  # type: ignore[call-overload, no-any-return]
+
+
+def _row(fetch: Callable[[int, int], NDArray[np.float32]], i: int) -> NDArray[np.float32]:
+    """Not a method: rows that hold what holds them would keep the device's library until memory is swept."""
+    row: NDArray[np.float32] = fetch(i, i + 1)[0]
+    return row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,29 @@ def test_the_same_tokens_are_sampled_as_from_whole_rows(llm: LLM) -> None:
         fetched.append(device.fetched)
     assert made[0] == made[1]
     assert fetched[0] == 0 and fetched[1] < 10 * 24  # the others were decided by the largest
+
+
+def test_rows_are_freed_with_their_last_holder() -> None:
+    """What they are fetched from goes then too, without a sweep for cycles."""
+
+    class Source:
+        def fetch(self, begin: int, end: int) -> np.ndarray:
+            return np.zeros((end - begin, 1), np.float32)
+
+    source = Source()
+    gone = weakref.ref(source)
+    rows = TopRows(np.full((2, 1), 5 << 32 | 0x7FFFFFFF, np.int64), np.ones((2, 2), np.float32), source.fetch)
+    del source
+    gc.disable()
+    try:
+        kept = rows[1]
+        assert len(list(rows)) == 2 and kept.row().shape == (1,)
+        del rows
+        assert gone() is not None
+        del kept
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_rows_are_gone_after_the_next_step(llm: LLM) -> None:
