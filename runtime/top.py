@@ -70,7 +70,7 @@ class TopRows:
         return iter(self._rows)
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> NDArray[np.float32]:
-        return np.asarray(self._fetch(0, len(self)), dtype)  # type: ignore[call-overload, no-any-return]
+        return np.array(self._fetch(0, len(self)), dtype, copy=copy)  # type: ignore[call-overload, no-any-return]
 
 
 def _row(fetch: Callable[[int, int], NDArray[np.float32]], i: int) -> NDArray[np.float32]:

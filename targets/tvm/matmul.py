@@ -89,7 +89,7 @@ class Blocks:
     @property
     def most(self) -> int:
         """Rows of the largest block. Halves of weights take the registers of two."""
-        return self.isa.rows - (2 if self.halved else 0)
+        return max(1, self.isa.rows - (2 if self.halved else 0))
 
     def _blocks(self, x: Expr, w: Expr, panel: Expr, weights: Expr, place: Callable[[Expr, int], list[Expr]], rows: Expr,
                 begin: Expr, steps: Expr, ahead: int = 0) -> None:

@@ -16,9 +16,11 @@ Expr = Any
 
 
 def as_float(x: Expr, lanes: int) -> Expr:
-    """Integers as floats, hidden from TVM's analysis (where it runs), which fails on products of such floats."""
-    if vmath.is_plain():
-        return bind(T.cast(x, f32(lanes)))
+    """Integers as floats, hidden from TVM's analysis, which fails on products of such floats."""
+    if vmath.is_plain():  # by way of memory: what OpenCL C makes of a reinterpretation wants a name
+        buffer = T.alloc_buffer((1,), "float32", scope="local")
+        T.buffer_store(buffer, T.cast(x, "float32"), [0])
+        return bind(buffer[0])
     return bind(T.reinterpret(f32(lanes), T.reinterpret(typed("int32", lanes), T.cast(x, f32(lanes)))))
 
 

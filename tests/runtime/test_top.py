@@ -116,3 +116,11 @@ def test_rows_are_gone_after_the_next_step(llm: LLM) -> None:
     assert last[0].row()[last[0].ids[0]] == last[0].values[0]
     with pytest.raises(RequestError, match="gone after the next one"):
         first[0].row()
+
+
+def test_an_array_of_rows_is_a_copy_where_one_is_asked_for() -> None:
+    memory = np.arange(6, dtype=np.float32).reshape(2, 3)
+    rows = TopRows(np.zeros((2, 1), np.int64), np.ones((2, 2), np.float32), lambda begin, end: memory[begin:end])
+    kept, seen = np.array(rows), np.asarray(rows)
+    memory[:] = -1
+    assert np.array_equal(kept, np.arange(6).reshape(2, 3)) and np.array_equal(seen, memory)

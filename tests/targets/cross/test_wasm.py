@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from inferloom.ir.types import DType
 from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.manifest import WASM_FILE
+from inferloom.targets import chips
+from tests.compiler.graphs import paged_inputs, random_params, tiny_llama
+from tests.compiler.test_lowering import BLOCK, lowered
 from tests.targets.cross.conftest import missing, steps
 from tests.targets.cross.job import model_job, read_output, run_here
+from tests.targets.tvm.harness import Compiled
 
 DRIVER = Path(__file__).with_name("driver.mjs")
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_kernels_without_fused_products(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same dialect and register block on this machine, kernel by kernel."""
+    there = chips.find("wasm32")
+    assert isinstance(there, chips.CpuChip)
+    alike = replace(chips.host(), fused=there.fused, matmul_rows=there.matmul_rows, matmul_vectors=1, bf16_dot="", i8_dot="")
+    monkeypatch.setitem(chips.chips(), "alike", alike)
+    source = tiny_llama(layers=1)
+    graph = lowered(source, dtype)
+    compiled = Compiled(graph, random_params(source), chip="alike")
+    compiled.run(paged_inputs(graph, np.arange(40), 0, None, BLOCK, np.array([39])), check=True)
 
 
 @pytest.mark.slow
