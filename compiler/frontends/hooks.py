@@ -284,6 +284,8 @@ def installed(model: Any) -> Iterator[None]:
                     continue
                 for owner_name, attribute, new in patches:
                     owner = getattr(sys.modules[name], owner_name) if owner_name else sys.modules[name]
+                    if attribute not in vars(owner):
+                        continue  # this version of transformers sends the family through its interface
                     undo.append((owner, attribute, vars(owner)[attribute]))
                     setattr(owner, attribute, new)
         for owner in {type(m) for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")}:
