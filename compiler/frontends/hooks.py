@@ -192,13 +192,13 @@ def _falcon(self: Any, hidden_states: Tensor, alibi: Tensor | None, *args: Any, 
 
 
 def _by_hand(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The `_attn(query [1, H, tokens, D], ...)` method of gpt_neo, gpt_neox_japanese, gptj and codegen."""
+    """The `_attn(query [1, H, tokens, D], ...)` method of gpt_neo and gpt_neox_japanese."""
     window = 0
     if type(self).__name__ == "GPTNeoSelfAttention":
         scale = 1.0
         window = int(self.config.window_size) if self.attention_type == "local" else 0
     else:
-        scale = 1.0 / float(self.norm_factor if hasattr(self, "norm_factor") else self.scale_attn)
+        scale = 1.0 / float(self.norm_factor)
     return _one_sequence(query, key, value, scale=scale, window=window).transpose(1, 2), None
 
 
@@ -240,7 +240,6 @@ FAMILIES: dict[str, tuple[Patch, ...]] = {
     "mpt.modeling_mpt": (("MptAttention", "forward", _mpt), ("", "create_causal_mask", _unread_mask)),
     "falcon.modeling_falcon": (("FalconAttention", "forward", _falcon),),
     "gpt_neo.modeling_gpt_neo": (("GPTNeoSelfAttention", "_attn", _by_hand),),
-    "gptj.modeling_gptj": (("GPTJAttention", "_attn", _by_hand),),
     "gpt_neox_japanese.modeling_gpt_neox_japanese": (("GPTNeoXJapaneseAttention", "_attn", _by_hand),),
     "openai.modeling_openai": (("Attention", "_attn", _openai_gpt),),
     "xglm.modeling_xglm": (("XGLMAttention", "forward", _xglm),
@@ -253,7 +252,6 @@ FAMILIES: dict[str, tuple[Patch, ...]] = {
                            ("RwkvModel", "_rescale_layers", recurrent.rwkv_as_stored)),
     "qwen3_5.modeling_qwen3_5": (("Qwen3_5TextRotaryEmbedding", "recomposition_frequencies", _text_only),),
     "qwen3_5_moe.modeling_qwen3_5_moe": (("Qwen3_5MoeTextRotaryEmbedding", "recomposition_frequencies", _text_only),),
-    "codegen.modeling_codegen": (("CodeGenAttention", "_attn", _by_hand),),
 }
 
 
@@ -284,8 +282,6 @@ def installed(model: Any) -> Iterator[None]:
                     continue
                 for owner_name, attribute, new in patches:
                     owner = getattr(sys.modules[name], owner_name) if owner_name else sys.modules[name]
-                    if attribute not in vars(owner):
-                        continue  # this version of transformers sends the family through its interface
                     undo.append((owner, attribute, vars(owner)[attribute]))
                     setattr(owner, attribute, new)
         for owner in {type(m) for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")}:

@@ -37,11 +37,10 @@ def loss(path: Path, ids: list[int], change: Callable[[CpuDevice], None] = lambd
             for first, count in ((0, CONTEXT), (CONTEXT, SCORED)):
                 at = np.arange(first, first + count, dtype=np.int32)
                 rows = np.arange(count, dtype=np.int32)[-SCORED:]
-                logits = device.step(StepBatch(text[at], at, at[None], np.array([0, count], np.int32),
-                                               np.array([first + count], np.int32), table, rows))
+                logits = np.asarray(device.step(StepBatch(text[at], at, at[None], np.array([0, count], np.int32),
+                                                          np.array([first + count], np.int32), table, rows)))
                 if first == 0:
                     change(device)
-            assert isinstance(logits, np.ndarray)
             shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
             scores = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
             total -= scores[np.arange(SCORED), text[CONTEXT + 1:]].mean()
