@@ -25,7 +25,7 @@ from inferloom.runtime.prefix_cache import Below, PrefixCache
 from inferloom.runtime.request import Request, Sequence
 from inferloom.runtime.sampler import Rows, best_of, sample, token_logprobs
 from inferloom.runtime.scheduler import Limits, Scheduler, Work
-from inferloom.runtime.sessions import Sessions, check_name
+from inferloom.runtime.sessions import Sessions, check_name, check_place
 from inferloom.runtime.speculative import Proposer, check_speculation
 from inferloom.runtime.state import longest
 from inferloom.runtime.tiers.tiers import Tiers
@@ -85,11 +85,11 @@ class Engine:
 
     def add_request(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, prompt: str | None = None,
                     priority: int = 0, salt: bytes = b"", guide: Callable[[], Guide] | None = None, session: str | None = None,
-                    hold: float = 0.0) -> None:
+                    hold: float = 0.0, place: str = "auto") -> None:
         """Queue a request; `guide` makes what holds each of its sequences to a grammar.
 
-        `session` remembers what it has computed under that name, and `hold` lets that wait for so many seconds, where it
-        costs least. RequestError when it can never run; nothing is queued then.
+        `session` remembers what it has computed under that name, and `hold` lets that wait for so many seconds, in `place`
+        (see Sessions.hold); its last output has the outcome. RequestError when it can never run; nothing is queued then.
         """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use")
@@ -121,12 +121,13 @@ class Engine:
                 raise RequestError("sessions need the prefix cache, which is switched off")
         if not hold >= 0 or (hold and session is None):
             raise RequestError("hold is a number of seconds, and needs a session")
+        check_place(place)
         arrival = next(self._arrivals)
         seed = params.seed if params.seed is not None else (self._seed + arrival) % 2**64
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         most = self.longest if params.max_tokens is None else min(self.longest, len(prompt_ids) + params.max_tokens)
         request = Request(request_id, prompt, tuple(int(t) for t in prompt_ids), params, arrival, priority, salt, session,
-                          hold, seed, ends, len(prompt_ids) + params.min_tokens, most)
+                          hold, place, seed, ends, len(prompt_ids) + params.min_tokens, most)
         self._requests[request_id] = request
         for sequence in request.sequences:
             sequence.guide = None if guide is None else guide()
@@ -295,7 +296,7 @@ class Engine:
         if self.sessions is not None and request.session is not None and sequence.index == 0 and computed:
             self.sessions.remember(request.session, computed, root)
             if request.hold:
-                self.sessions.pause(request.session, request.hold)
+                request.held = self.sessions.hold(request.session, request.hold, request.place)
 
     def _end_all(self, request: Request) -> None:
         for sequence in request.sequences:
@@ -322,7 +323,8 @@ class Engine:
             del self._requests[request.id]
         return RequestOutput(request.id, request.prompt, request.prompt_ids, tuple(samples), finished,
                              request.cached_tokens, request.error,
-                             None if request.params.prompt_logprobs is None else tuple(request.prompt_logprobs))
+                             None if request.params.prompt_logprobs is None else tuple(request.prompt_logprobs),
+                             request.held)
 
     def stats(self) -> Stats:
         cache = self.cache

@@ -34,6 +34,8 @@ Prompt = str | Sequence[int]
 DEFAULT_STATE_BYTES = 4 * 2**30
 DEFAULT_DISK_BYTES = 16 * 2**30
 _TOKENIZER = "tokenizer/tokenizer.json"
+#: Seconds that a process which was killed may take to let go of its folder of state.
+_PATIENCE = 3.0
 
 
 class LLM:
@@ -76,7 +78,7 @@ class LLM:
             self._opened.append(self.device)
             salt = m.files[m.weights.file].blake3.encode()
             tiers = Tiers(m.state.bytes_per_block, RamStore(ram_bytes) if ram_bytes else None, None if state_dir is None
-                          else DiskStore(state_dir, self.artifact.identity, m.state.bytes_per_block, disk_bytes))
+                          else DiskStore(state_dir, self.artifact.identity, m.state.bytes_per_block, disk_bytes, _PATIENCE))
             self._opened.append(tiers)
         except BaseException:
             self.close()

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+from inferloom.runtime.leases import Outcome
+
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
@@ -72,7 +74,8 @@ class CompletionOutput:
 class RequestOutput:
     """All samples of a request so far; `error` says why a request failed.
 
-    `prompt_logprobs`, if they were asked for, has an entry for each token of the prompt; the first token has None.
+    `prompt_logprobs`, if they were asked for, has an entry for each token of the prompt; the first token has None. `held`:
+    what became of the wish to hold its session, once that is known.
     """
 
     request_id: str
@@ -83,3 +86,4 @@ class RequestOutput:
     num_cached_tokens: int = 0
     error: str | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    held: Outcome | None = None

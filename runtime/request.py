@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from inferloom.runtime.detokenizer import Detokenizer
 from inferloom.runtime.facts import Facts
 from inferloom.runtime.guide import Guide
+from inferloom.runtime.leases import Outcome
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.state import Held
@@ -58,7 +59,8 @@ class Sequence:
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt with `n` samples. Lower `priority` runs first; ties go by arrival. Only requests with the same `salt`
-    share cached prefixes. What its first sample computed is remembered as `session`, and held for `hold` seconds.
+    share cached prefixes. What its first sample computed is remembered as `session`, and held for `hold` seconds in `place`;
+    `held` is what became of that.
 
     A sample ends with one of the tokens `ends`, but not before it has `least` tokens; or when it has `most`; its prompt's
     count too.
@@ -73,6 +75,7 @@ class Request:
     salt: bytes = b""
     session: str | None = None
     hold: float = 0.0
+    place: str = "auto"
     seed: int = 0
     ends: frozenset[int] = frozenset()
     least: int = 0
@@ -81,6 +84,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
+    held: Outcome | None = None
     plain: bool = field(init=False)
     sharpness: float = field(init=False)  # 1 / temperature, 1 if that is 0
 

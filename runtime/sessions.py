@@ -3,15 +3,17 @@
 A session is a name for a sequence of tokens. Its state is ordinary cache: whoever sends these tokens again, under this
 name or not, starts from what is left of it. While it is paused, the state can be kept in the pool by a lease, be copied to
 memory or disk, or be given up; `auto` takes what costs least (tiers/policy.py). Each wish is answered by an `Outcome`,
-none changes any result.
+none changes any result. A name may start with an owner and a colon: when there are too many sessions, the owner who has most
+loses one.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from array import array
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inferloom.runtime.blocks import Key
 from inferloom.runtime.errors import RequestError
@@ -22,7 +24,9 @@ from inferloom.runtime.tiers.policy import PLACES
 from inferloom.runtime.tiers.store import Pages, size
 from inferloom.runtime.tiers.tiers import Tiers
 
-MAX_NAME, MAX_SESSIONS = 256, 10_000
+MAX_NAME, MAX_SESSIONS = 320, 10_000
+#: Tokens of all sessions together at most: each takes 4 bytes, and a share of its block's hash.
+MAX_TOKENS = 1 << 25
 #: How long a session stays on disk at most, in seconds.
 LONGEST_ON_DISK = 30 * 86400.0
 
@@ -44,7 +48,7 @@ class SessionInfo:
 @dataclass(frozen=True, slots=True)
 class _Session:
     root: bytes | None
-    tokens: tuple[int, ...]
+    tokens: array[int]
     keys: tuple[bytes, ...]
 
 
@@ -55,36 +59,37 @@ class Sessions:
                  wall: Callable[[], float] = time.time) -> None:
         self.cache, self.leases, self.tiers, self._clock, self._wall = cache, leases, tiers, clock, wall
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._tokens = 0
         self._looked = wall()
         if tiers.disk is not None:
             tiers.disk.expire(wall())
             for saved in tiers.disk.sessions.values():
-                self._sessions[saved.name] = _Session(saved.root, saved.tokens, self._chain(saved.tokens, saved.root))
+                self._set(saved.name, saved.tokens, saved.root)
 
     def remember(self, name: str, tokens: Sequence[int], root: bytes | None = None) -> None:
         """A request of the session has come so far: `tokens`, whose hashes start from `root`, have state."""
         check_name(name)
         self.leases.drop(name)
-        self._sessions[name] = _Session(root, tuple(tokens), self._chain(tokens, root))
-        self._sessions.move_to_end(name)
-        while len(self._sessions) > MAX_SESSIONS:
-            self.close(next(iter(self._sessions)))
+        self._set(name, tokens, root)
+        while len(self._sessions) > MAX_SESSIONS or (self._tokens > MAX_TOKENS and len(self._sessions) > 1):
+            self.close(self._one_too_many())
 
     def pause(self, name: str, seconds: float, *, returns_in: float | None = None, place: str = "auto") -> Outcome:
         """Let the session's state wait for at most `seconds`; it is expected back in `returns_in`.
 
-        `place`: keep, ram, disk, discard, or auto. RequestError for a session that is not there or a place that is none.
+        `place`: keep, ram, disk, discard, auto for the cheapest of them, or memory for the cheapest but disk. RequestError
+        for a session that is not there or a place that is none.
         """
         session = self._find(name)
-        if place not in ("auto", *PLACES):
-            raise RequestError(f"place {place!r} must be auto, {', '.join(PLACES)}")
+        check_place(place)
         if not seconds > 0 or (returns_in is not None and not returns_in >= 0):
             raise RequestError("a pause must last longer than 0 seconds")
         needed = self.cache.needs(session.keys)
         if not needed:
             return Outcome("rejected", f"the session has less than a block of {self.cache.block_tokens} tokens")
-        if place == "auto":
-            place = self._cheapest(session, needed, seconds if returns_in is None else min(returns_in, seconds))
+        if place in ("auto", "memory"):
+            pause = seconds if returns_in is None else min(returns_in, seconds)
+            place = self._cheapest(session, needed, pause, disk=place == "auto")
         if place == "keep":
             return self.leases.take(name, needed, seconds, self._clock())
         if place == "ram":
@@ -93,6 +98,15 @@ class Sessions:
             return self._to_disk(name, session, needed, min(seconds, LONGEST_ON_DISK))
         self.leases.drop(name)
         return Outcome("accepted", "its blocks are ordinary cache now", 0, "discard")
+
+    def hold(self, name: str, seconds: float, place: str = "auto") -> Outcome:
+        """`pause`; what its place cannot take waits where it costs least, clipped."""
+        outcome = self.pause(name, seconds, place=place)
+        if outcome.status != "rejected" or place in ("auto", "memory") or not self.cache.needs(self._find(name).keys):
+            return outcome
+        other = self.pause(name, seconds)
+        return other if other.status == "rejected" else replace(other, status="clipped", why="; ".join(
+            filter(None, (f"{place}: {outcome.why}", other.why))))
 
     def resume(self, name: str) -> Outcome:
         """Bring the session's state back into the pool before its next request comes."""
@@ -111,11 +125,21 @@ class Sessions:
         self.leases.drop(name)
         if self.tiers.disk is not None:
             self.tiers.disk.forget_session(name)
-        return self._sessions.pop(name, None) is not None
+        gone = self._sessions.pop(name, None)
+        self._tokens -= 0 if gone is None else len(gone.tokens)
+        return gone is not None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sessions
 
     def list(self) -> list[SessionInfo]:
         """All sessions, the one that was longest unused first."""
         return [self.info(name) for name in self._sessions]
+
+    def newest(self, owner: str, most: int) -> tuple[list[SessionInfo], bool]:
+        """At most so many sessions whose names start with `owner`, the last used first; whether there are more."""
+        names = [name for name in reversed(self._sessions) if name.startswith(owner)]
+        return [self.info(name) for name in names[:most]], len(names) > most
 
     def info(self, name: str) -> SessionInfo:
         """RequestError for a session that is not there."""
@@ -161,7 +185,7 @@ class Sessions:
         if not saved:
             return Outcome("rejected", "none of it is there any more", place="disk")
         try:
-            disk.save(pages, SavedSession(name, session.root, session.tokens, tuple(saved), self._wall() + seconds))
+            disk.save(pages, SavedSession(name, session.root, tuple(session.tokens), tuple(saved), self._wall() + seconds))
         except RequestError as error:
             return Outcome("rejected", str(error), place="disk")
         self.tiers.costs.disk.add(disk.used - before, time.perf_counter() - start)
@@ -180,24 +204,42 @@ class Sessions:
                 found[key] = pages
         return found
 
-    def _cheapest(self, session: _Session, needed: Sequence[Key], pause: float) -> str:
+    def _cheapest(self, session: _Session, needed: Sequence[Key], pause: float, disk: bool) -> str:
         pool = self.cache.pool
         places = ["keep", "discard"]
         if self.tiers.ram is not None:
             places.insert(1, "ram")
-        if self.tiers.disk is not None:
+        if self.tiers.disk is not None and disk:
             places.insert(-1, "disk")
         blocks = sum(len(pool.lookup(key) or ()) for key in needed)
         return self.tiers.costs.choose(tuple(places), tokens=len(session.tokens), bytes=blocks * self.tiers.page_bytes,
                                  pause=pause, pressure=1 - pool.unused / pool.size)
 
-    def _chain(self, tokens: Sequence[int], root: bytes | None) -> tuple[bytes, ...]:
-        return tuple(self.cache.chain(tokens, root))
+    def _set(self, name: str, tokens: Sequence[int], root: bytes | None) -> None:
+        old = self._sessions.pop(name, None)
+        self._sessions[name] = _Session(root, array("i", tokens), tuple(self.cache.chain(tokens, root)))
+        self._tokens += len(tokens) - (0 if old is None else len(old.tokens))
+
+    def _one_too_many(self) -> str:
+        """The session that was longest unused of the owner who has most: nobody's are pushed out by another's many."""
+        counts = Counter(map(_owner, self._sessions))
+        most = max(counts, key=lambda owner: counts[owner])
+        return next(name for name in self._sessions if _owner(name) == most)
 
     def _find(self, name: str) -> _Session:
         if name not in self._sessions:
             raise RequestError(f"there is no session {name!r}")
         return self._sessions[name]
+
+
+def _owner(name: str) -> str:
+    return name.partition(":")[0] if ":" in name else ""
+
+
+def check_place(place: str) -> None:
+    """RequestError unless `place` is one where a session can be told to wait."""
+    if place not in ("auto", "memory", *PLACES):
+        raise RequestError(f"place {place!r} must be auto, memory, {', '.join(PLACES)}")
 
 
 def check_name(name: str) -> None:

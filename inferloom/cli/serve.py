@@ -56,6 +56,17 @@ def serve(
     keep_alive: Annotated[float, _option("--keep-alive", "Seconds without a token until a stream gets a comment.")] = 10.0,
     send_timeout: Annotated[float, _option("--send-timeout", "Seconds that a client may leave what is sent to it "
                                            "unread.")] = 30.0,
+    ram_bytes: Annotated[str | None, _option("--ram-bytes", "Memory beside the pool for state that leaves it, e.g. 8GiB; none "
+                                             "if not given.", metavar="BYTES", show_default=False)] = None,
+    state_dir: Annotated[Path | None, _option("--state-dir", "Folder where sessions are saved; each artifact has one of its "
+                                              "own in it.", metavar="DIR", show_default=False)] = None,
+    disk_bytes: Annotated[str | None, _option("--disk-bytes", "Most that saved sessions take of --state-dir, for each "
+                                              "artifact; 16GiB if not given.", metavar="BYTES", show_default=False)] = None,
+    speculative: Annotated[str | None, _option("--speculative", "Draft tokens and check several at once: from the text itself, "
+                                               "or with a smaller model of the same tokenizer.", metavar="ngram|MODEL",
+                                               show_default=False)] = None,
+    num_speculative_tokens: Annotated[int | None, _option("--num-speculative-tokens", "Most tokens drafted at once; 4 if not "
+                                                          "given.", min=1, show_default=False)] = None,
     vllm_metrics: Annotated[bool, _option("--vllm-metrics", "Give metrics under vLLM's names, too.")] = False,
     log_level: Annotated[str, _option("--log-level", "debug, info, warning or error.")] = "info",
     chip: options.Chip = "cpu",
@@ -69,12 +80,18 @@ def serve(
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f"serving needs {', '.join(missing)}; run: pip install 'inferloom[serve]'")
+    from inferloom.llm import resolve_draft
+    from inferloom.runtime.llm import DEFAULT_DISK_BYTES
     from inferloom.runtime.server.logs import LEVELS
     from inferloom.runtime.server.serve import serve as run
     from inferloom.runtime.server.settings import ModelSettings, Settings
 
     if log_level not in LEVELS:
         raise UsageError(f"log level {log_level!r} is not known; choose one of {', '.join(LEVELS)}")
+    if disk_bytes is not None and state_dir is None:
+        raise UsageError("--disk-bytes needs --state-dir")
+    if not enable_prefix_caching and (ram_bytes or state_dir):
+        raise UsageError("--ram-bytes and --state-dir keep cached state, and --no-enable-prefix-caching leaves none")
     settings = Settings(
         host=host, port=port, api_keys=tuple(api_key or ()), allowed_hosts=tuple(allowed_hosts or ()),
         allowed_origins=tuple(allowed_origins or ()), max_queue=max_queue, max_body_bytes=options.parse_bytes(max_body),
@@ -86,9 +103,12 @@ def serve(
     for path, names in zip(models, _names(models, served_model_name or []), strict=True):
         with progress(f"opening {path}") as report:
             artifact = resolve(path, compiling, report)
+            drafts = resolve_draft(options.speculative(speculative, num_speculative_tokens), compiling, report)
         wanted.append(ModelSettings(
             str(artifact), names, None if memory is None else options.parse_bytes(memory), threads, gpu, max_num_seqs,
-            max_num_batched_tokens, enable_prefix_caching, seed, tool_call_parser, reasoning_parser))
+            max_num_batched_tokens, enable_prefix_caching, seed, tool_call_parser, reasoning_parser,
+            0 if ram_bytes is None else options.parse_bytes(ram_bytes), None if state_dir is None else str(state_dir),
+            DEFAULT_DISK_BYTES if disk_bytes is None else options.parse_bytes(disk_bytes), drafts))
     run(wanted, settings, _say)
 
 
@@ -111,4 +131,13 @@ def _say(summaries: list[dict[str, object]], host: str, port: int) -> None:
                   f"{human_bytes(weights)}, workspace {human_bytes(int(str(s['workspace_bytes'])))}, state "
                   f"{human_bytes(state)} ({s['blocks']} blocks of {s['block_tokens']} tokens), up to {s['max_model_len']} "
                   f"tokens, {s['max_num_seqs']} sequences, loaded in {s['load_seconds']} s")
+        more = []
+        if ram := int(str(s["ram_bytes"])):
+            more.append(f"{human_bytes(ram)} of memory for state beside the pool")
+        if s["state_dir"]:
+            more.append(f"sessions saved in {s['state_dir']}, up to {human_bytes(int(str(s['disk_bytes'])))}")
+        if s["speculative"]:
+            more.append(f"up to {s['num_speculative_tokens']} tokens drafted by {s['speculative']}")
+        if more:
+            err.print("  " + "; ".join(more))
     err.print(f"serving on [bold]http://{f'[{host}]' if ':' in host else host}:{port}[/]")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,6 +22,7 @@ from inferloom.runtime.server.api.embeddings import EmbeddingBody, Embeddings
 from inferloom.runtime.server.api.listing import Listing
 from inferloom.runtime.server.api.messages import Asked, MessageBody, Messages
 from inferloom.runtime.server.api.responses import ResponseBody, Responses
+from inferloom.runtime.server.api.sessions import PauseBody, SessionBody, Sessions
 from inferloom.runtime.server.api.tokens import DetokenizeBody, TokenizeBody, Tokens
 from inferloom.runtime.server.endpoint import Bodies, Endpoint
 from inferloom.runtime.server.engine import EngineProcess
@@ -41,6 +44,8 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
             raise ArtifactError(f"two artifacts are both called {sorted(twice)[0]}: give --served-model-name")
         names |= set(each.names)
         artifact = Artifact.open(each.path)
+        if each.state_dir is not None:
+            each = replace(each, state_dir=str(Path(each.state_dir).expanduser().absolute() / artifact.identity[:32]))
         engine = EngineProcess(each, settings, metrics.of(each.names[0]))
         metrics.engines.append(engine)
         model = Model(artifact, each.names, engine, None, None)
@@ -54,7 +59,7 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
 def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
     """The app that answers for these models."""
     health, listing, tokens, messages = Health(models), Listing(models), Tokens(models), Messages(models)
-    bodies = Bodies(settings)
+    sessions, bodies = Sessions(models), Bodies(settings)
     posts: dict[str, Endpoint[Any]] = {
         "/v1/completions": Endpoint(CompletionBody, Completions(models, settings.max_logprobs), settings, bodies),
         "/v1/chat/completions": Endpoint(ChatBody, Chats(models, settings.max_logprobs), settings, bodies),
@@ -62,16 +67,22 @@ def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
         "/v1/messages": Endpoint(MessageBody, messages, settings, bodies, anthropic=True),
         "/v1/messages/count_tokens": Endpoint(Asked, messages.count, settings, bodies, anthropic=True),
         "/v1/embeddings": Endpoint(EmbeddingBody, Embeddings(models), settings, bodies),
+        "/v1/sessions/{id:path}/pause": Endpoint(PauseBody, sessions.pause, settings, bodies),
+        "/v1/sessions/{id:path}/resume": Endpoint(SessionBody, sessions.resume, settings, bodies),
         "/tokenize": Endpoint(TokenizeBody, tokens.tokenize, settings, bodies),
         "/detokenize": Endpoint(DetokenizeBody, tokens.detokenize, settings, bodies),
     }
     gets = {"/health": health.ready, "/health/ready": health.ready, "/health/live": health.live, "/ping": health.live,
             "/metrics": metrics.answer, "/version": _version, "/v1/models": listing.all,
-            "/v1/models/{name:path}": listing.one}
-    described = OpenApi({path: e.body for path, e in posts.items()}, list(gets), __version__)
+            "/v1/models/{name:path}": listing.one, "/v1/sessions": sessions.all, "/v1/sessions/{id:path}": sessions.one}
+    deletes = {"/v1/sessions/{id:path}": sessions.delete}
+    whose = ("model", "cache_salt")
+    described = OpenApi({path: e.body for path, e in posts.items()}, list(gets), __version__, list(deletes),
+                        {"/v1/sessions": (*whose, "limit"), "/v1/sessions/{id:path}": whose})
     gets["/openapi.json"] = described.answer
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
     routes += [Route(path, function, methods=["GET"]) for path, function in gets.items()]
+    routes += [Route(path, function, methods=["DELETE"]) for path, function in deletes.items()]
     return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing, HttpError: _refused},
                      middleware=[Middleware(Guard, settings=settings, observe=metrics.answered)])
 
@@ -88,4 +99,5 @@ async def _missing(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError)
-    return JSONResponse(error.openai(), error.status)
+    return JSONResponse(error.openai(), error.status,
+                        {} if error.retry_after is None else {"retry-after": str(error.retry_after)})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -27,10 +27,12 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What an endpoint knows of a request besides its body; `salt` holds apart the caches of different keys."""
+    """What an endpoint knows of a request besides its body; `salt` holds apart the caches of different keys,
+    `path` has what stands in its path."""
 
     request_id: str
     salt: bytes
+    path: Mapping[str, str] = field(default_factory=dict)
 
 
 class Bodies:
@@ -82,7 +84,7 @@ class Endpoint(Generic[Body]):
         reply = _Reply(send, self._settings)
         try:
             body = self._parse(await self._bodies.read(scope, receive))
-            call = Call(scope["state"]["request_id"], scope["state"]["salt"])
+            call = Call(scope["state"]["request_id"], scope["state"]["salt"], scope.get("path_params", {}))
             work = asyncio.create_task(self._answer(body, call, reply))
             gone = asyncio.create_task(_gone(receive))
             try:

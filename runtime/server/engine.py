@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -27,6 +29,9 @@ BEAT = 0.25
 MAX_SILENCE = 30.0
 #: Deaths in a row, without an answer between them, after which it is not started again.
 MAX_DEATHS = 5
+#: Seconds until an engine has answered for its sessions, and how many may be waiting for that.
+PATIENCE = 20.0
+MAX_ASKED = 64
 _log = structlog.get_logger()
 
 
@@ -45,6 +50,7 @@ class EngineProcess:
         self.deaths = 0
         self._state = "loading"
         self._tickets: dict[int, Ticket] = {}
+        self._asked: dict[int, asyncio.Future[wire.Told]] = {}
         self._ids = itertools.count(1)
         self._seconds = 1.0  # that a request takes, by and large
         self._heard = time.monotonic()
@@ -118,7 +124,9 @@ class EngineProcess:
         m = self.model
         return {"memory_bytes": m.memory_bytes, "threads": m.threads, "gpu": m.gpu, "max_num_seqs": m.max_num_seqs,
                 "max_num_batched_tokens": m.max_num_batched_tokens, "enable_prefix_caching": m.enable_prefix_caching,
-                "seed": m.seed}
+                "seed": m.seed, "ram_bytes": m.ram_bytes, "state_dir": m.state_dir, "disk_bytes": m.disk_bytes,
+                "speculative": None if m.speculative is None else {
+                    name: str(value) if isinstance(value, Path) else value for name, value in asdict(m.speculative).items()}}
 
     async def _read(self, reader: asyncio.StreamReader, loaded: asyncio.Future[None]) -> str:
         while True:
@@ -133,6 +141,9 @@ class EngineProcess:
                     self._deliver(update)
             elif isinstance(message, wire.Beat):
                 self.beat = message
+            elif isinstance(message, wire.Told):
+                if (answer := self._asked.get(message.id)) is not None and not answer.done():
+                    answer.set_result(message)
             elif isinstance(message, wire.Refused):
                 self._end(message.id, bad_request(message.message), "refused")
             elif isinstance(message, wire.Ready):
@@ -190,7 +201,8 @@ class EngineProcess:
                              "later", max(1, min(wait, 60)))
 
     async def stream(self, prompt: list[int], params: SamplingParams, priority: int = 0, salt: bytes = b"",
-                     grammar: wire.Grammar | None = None) -> AsyncIterator[wire.Update]:
+                     grammar: wire.Grammar | None = None,
+                     session: wire.Session | None = None) -> AsyncIterator[wire.Update]:
         """The news of a request that was admitted, as they come; leaving the iteration early ends it in the engine.
 
         HttpError when it fails.
@@ -201,7 +213,7 @@ class EngineProcess:
         self._tickets[ticket.id] = ticket
         reason = "abort"
         try:
-            self._say(wire.Add(ticket.id, prompt, params, priority, salt, grammar))
+            self._say(wire.Add(ticket.id, prompt, params, priority, salt, grammar, session))
             while True:
                 update = await ticket.next()
                 if update.error is not None:
@@ -223,6 +235,27 @@ class EngineProcess:
                 self._say(wire.Abort(ticket.id))
             self._observe(ticket, reason)
 
+    async def ask(self, what: str, owner: str, name: str = "", **more: Any) -> wire.Told:
+        """What the engine says of sessions, between two of its steps. HttpError when it says nothing in time."""
+        if self.state != "ready":
+            raise unavailable(f"the engine of {self.model.names[0]} is {self.state}")
+        if len(self._asked) >= MAX_ASKED:
+            raise overloaded("too many ask for sessions at once: try again later", 1)
+        number = next(self._ids)
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._say(wire.Ask(number, what, owner, name, **more))
+            async with asyncio.timeout(PATIENCE):
+                told = await answer
+        except TimeoutError:
+            raise unavailable(f"the engine of {self.model.names[0]} has not answered for {PATIENCE:g} s; what was asked for "
+                              "may still be done") from None
+        finally:
+            del self._asked[number]
+        if told.error is not None:
+            raise HttpError(500, f"the engine failed at it: {told.error}", "server_error")
+        return told
+
     def _say(self, message: wire.ToEngine) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(wire.frame(message))
@@ -243,3 +276,6 @@ class EngineProcess:
     def _fail_all(self, reason: str) -> None:
         for number in list(self._tickets):
             self._end(number, HttpError(500, f"the request was lost: {reason}", "server_error"), "error")
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(unavailable(f"the engine ended: {reason}"))

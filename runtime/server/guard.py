@@ -118,7 +118,7 @@ def _same(origin: str, host: str) -> bool:
 
 
 async def _preflight(scope: Scope, receive: Receive, send: Send) -> None:
-    allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600",
+    allowed = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600",
                "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, x-request-id"}
     await JSONResponse(None, 200, allowed)(scope, receive, send)
 

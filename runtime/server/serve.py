@@ -91,13 +91,18 @@ class _Server(uvicorn.Server):
 
 def summary(model: Model) -> dict[str, object]:
     """What is served, on what, with how much memory."""
-    m, ready = model.manifest, model.engine.ready
+    m, ready, wanted = model.manifest, model.engine.ready, model.engine.model
+    drafts = wanted.speculative
     blocks = 0 if ready is None else ready.blocks
     return {"model": model.name, "names": list(model.names), "architecture": m.model.architecture, "dtype": m.model.dtype,
             "chip": m.chip.name, "weights_bytes": m.files[m.weights.file].bytes, "workspace_bytes": m.memory.workspace,
             "inputs_bytes": m.memory.inputs, "blocks": blocks, "block_tokens": m.state.block_tokens,
             "state_bytes": blocks * m.state.bytes_per_block, "max_model_len": model.longest,
             "max_num_seqs": 0 if ready is None else ready.seqs, "tool_parser": model.tool_parser,
+            "ram_bytes": wanted.ram_bytes, "state_dir": wanted.state_dir,
+            "disk_bytes": 0 if wanted.state_dir is None else wanted.disk_bytes,
+            "speculative": None if drafts is None else drafts.method,
+            "num_speculative_tokens": 0 if drafts is None else drafts.num_speculative_tokens,
             "reasoning_parser": model.reasoning_parser, "chat_template": model.template is not None,
             "load_seconds": 0.0 if ready is None else round(ready.seconds, 3)}
 

@@ -6,13 +6,17 @@ import ipaddress
 from dataclasses import dataclass
 
 from inferloom.runtime.errors import RequestError
+from inferloom.runtime.llm import DEFAULT_DISK_BYTES
+from inferloom.runtime.speculative import SpeculativeConfig
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
     """An artifact to serve. `names` are what clients may call it; None of the rest means: as `LLM` chooses.
 
-    `tool_parser` and `reasoning_parser` are names of parsers, "auto" for what the chat template suggests.
+    `ram_bytes`, `state_dir` and `disk_bytes` are the tiers below the pool: sessions are saved in a folder of the artifact's
+    own inside `state_dir`. `tool_parser` and `reasoning_parser` are names of parsers, "auto" for what the chat template
+    suggests.
     """
 
     path: str
@@ -26,6 +30,10 @@ class ModelSettings:
     seed: int | None = None
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
+    ram_bytes: int = 0
+    state_dir: str | None = None
+    disk_bytes: int = DEFAULT_DISK_BYTES
+    speculative: SpeculativeConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

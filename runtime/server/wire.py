@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 
+from inferloom.runtime.leases import Outcome
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.sessions import SessionInfo
 
 #: A frame is at most this long: a prompt of millions of tokens fits.
 MAX_FRAME = 64 << 20
@@ -35,6 +37,14 @@ class Load(msgspec.Struct, tag="load", frozen=True, array_like=True):
     beat: float
 
 
+class Session(msgspec.Struct, frozen=True, array_like=True):
+    """What a request computes is remembered as `name`, and waits for `hold` seconds in `place`."""
+
+    name: str
+    hold: float = 0.0
+    place: str = "auto"
+
+
 class Add(msgspec.Struct, tag="add", frozen=True, array_like=True):
     """A request."""
 
@@ -44,6 +54,21 @@ class Add(msgspec.Struct, tag="add", frozen=True, array_like=True):
     priority: int = 0
     salt: bytes = b""
     grammar: Grammar | None = None
+    session: Session | None = None
+
+
+class Ask(msgspec.Struct, tag="ask", frozen=True, array_like=True):
+    """About sessions whose names start with `owner`: `what` is "list" (`most` of them), "info", "pause", "resume" or "close"
+    of the one called `name` behind that."""
+
+    id: int
+    what: str
+    owner: str
+    name: str = ""
+    most: int = 0
+    seconds: float = 0.0
+    place: str = "auto"
+    returns_in: float | None = None
 
 
 class Abort(msgspec.Struct, tag="abort", frozen=True, array_like=True):
@@ -78,6 +103,17 @@ class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
     message: str
 
 
+class Told(msgspec.Struct, tag="told", frozen=True, array_like=True):
+    """The answer to an Ask. `there`: whether the session is. `more`: whether the list goes on. Names have no owner."""
+
+    id: int
+    there: bool = True
+    sessions: list[SessionInfo] = []
+    more: bool = False
+    outcome: Outcome | None = None
+    error: str | None = None
+
+
 class Sample(msgspec.Struct, frozen=True, array_like=True):
     """What is new of one sample. `logprobs` has a list for each new token, if they were asked for."""
 
@@ -101,6 +137,7 @@ class Update(msgspec.Struct, frozen=True, array_like=True):
     own_fault: bool = False
     queued: float = 0.0
     prompt_logprobs: list[list[Scored] | None] | None = None
+    held: Outcome | None = None
 
 
 class Updates(msgspec.Struct, tag="updates", frozen=True, array_like=True):
@@ -125,8 +162,8 @@ class Beat(msgspec.Struct, tag="beat", frozen=True, array_like=True):
     prefix_hits: int
 
 
-ToEngine = Load | Add | Abort | Stop
-FromEngine = Ready | Failed | Refused | Updates | Beat
+ToEngine = Load | Add | Ask | Abort | Stop
+FromEngine = Ready | Failed | Refused | Told | Updates | Beat
 
 _encoder = msgspec.msgpack.Encoder()
 read_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

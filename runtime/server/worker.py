@@ -15,11 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from inferloom.runtime.errors import InferloomError, RequestError
 from inferloom.runtime.llm import LLM
 from inferloom.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from inferloom.runtime.server import wire
+from inferloom.runtime.speculative import SpeculativeConfig
 from inferloom.runtime.structured import Grammars
 
 #: Failures of a request that come from what it asked for.
@@ -46,7 +48,8 @@ class Worker:
             raise RequestError("the first message must be to load an artifact")
         threading.Thread(target=self._listen, daemon=True).start()
         start = time.monotonic()
-        self._llm = LLM(first.path, **first.options)
+        drafts = first.options.pop("speculative", None)
+        self._llm = LLM(first.path, **first.options, speculative=None if drafts is None else SpeculativeConfig(**drafts))
         self._engine = engine = self._llm.engine
         self._grammars: Grammars | None = None
         self._send(wire.Ready(self._llm.device.num_blocks, engine.limits.seqs, engine.longest,
@@ -87,18 +90,42 @@ class Worker:
                 self._building[message.id] = False
             if self._engine.abort(str(message.id)) is not None:
                 self._forget(message.id)
+        elif isinstance(message, wire.Ask):
+            self._send(self._tell(message))
         elif callable(message):
             message()
 
     def _add(self, message: wire.Add, guide: Callable[[], object] | None) -> None:
         try:
+            session = message.session or wire.Session("")
             self._engine.add_request(str(message.id), message.prompt, message.params, priority=message.priority,
-                                     salt=message.salt, guide=guide)  # type: ignore[arg-type]
+                                     salt=message.salt, guide=guide,  # type: ignore[arg-type]
+                                     session=session.name or None, hold=session.hold, place=session.place)
         except Exception as error:  # the request's own: the engine goes on
             self._send(wire.Refused(message.id, str(error) or repr(error)))
         else:
             self._sent[message.id] = [(0, 0)] * message.params.n
             self._waits[str(message.id)] = time.monotonic()
+
+    def _tell(self, ask: wire.Ask) -> wire.Told:
+        sessions, name = self._engine.sessions, ask.owner + ask.name
+        try:
+            if ask.what == "list":
+                found, more = ([], False) if sessions is None else sessions.newest(ask.owner, ask.most)
+                return wire.Told(ask.id, True, [replace(s, name=s.name[len(ask.owner):]) for s in found], more)
+            if sessions is None or name not in sessions:
+                return wire.Told(ask.id, there=False)
+            if ask.what == "info":
+                return wire.Told(ask.id, sessions=[replace(sessions.info(name), name=ask.name)])
+            if ask.what == "pause":
+                return wire.Told(ask.id, outcome=sessions.pause(name, ask.seconds, returns_in=ask.returns_in, place=ask.place))
+            if ask.what == "resume":
+                return wire.Told(ask.id, outcome=sessions.resume(name))
+            if ask.what == "close":
+                return wire.Told(ask.id, there=sessions.close(name))
+            raise RequestError(f"a session cannot {ask.what}")
+        except Exception as error:  # whoever asked learns of it: the engine goes on
+            return wire.Told(ask.id, error=str(error) or repr(error))
 
     def _note_starts(self) -> None:
         now = time.monotonic()
@@ -134,7 +161,7 @@ class Worker:
         error = output.error
         return wire.Update(name, samples, output.num_cached_tokens, output.finished, error,
                            error is not None and error.startswith(_OWN), queued,
-                           None if first is None else [None if p is None else _scored(p) for p in first])
+                           None if first is None else [None if p is None else _scored(p) for p in first], output.held)
 
     # -- the other threads
 

@@ -16,6 +16,7 @@ import fcntl
 import os
 import secrets
 import sqlite3
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -56,20 +57,23 @@ class SavedSession:
 class DiskStore:
     """At most `capacity` bytes of pages of `page_bytes` each in folder `path`, for one process.
 
-    `identity` names what the state belongs to; ArtifactError when the folder holds another's, or is in use.
+    `identity` names what the state belongs to; ArtifactError when the folder holds another's, or is still in use after
+    `patience` seconds.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: str, page_bytes: int, capacity: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], identity: str, page_bytes: int, capacity: int,
+                 patience: float = 0.0) -> None:
         self.path, self.page_bytes, self.capacity = Path(path).absolute(), page_bytes, capacity
         self.refused = 0
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self.path / "pages").mkdir(mode=0o700, exist_ok=True)
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise ArtifactError(f"{self.path} is in use by another process: give each process a folder of its own") from None
+        until = time.monotonic() + patience
+        while not _locked(self._lock):
+            if time.monotonic() >= until:
+                os.close(self._lock)
+                raise ArtifactError(f"{self.path} is in use by another process: give each process a folder of its own")
+            time.sleep(0.05)
         try:
             self._db = self._open(identity)
         except BaseException:
@@ -279,3 +283,11 @@ class DiskStore:
         files = {file.name for file in (self.path / "pages").glob("*/*")}
         if files != set(self._users):
             raise ValueError(f"{len(files)} files are there for {len(self._users)} pages")
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -179,3 +179,40 @@ def test_the_cheapest_place() -> None:
     rate.add(200, 1.0)
     rate.add(0, 1.0)
     assert rate.guess == pytest.approx(120)
+
+
+def test_too_many_are_the_fault_of_who_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferloom.runtime.sessions.MAX_SESSIONS", 4)
+    engine = start(ram=None)
+    sessions = engine.sessions
+    assert sessions is not None
+    for name in ("a:1", "b:1", "b:2", "b:3", "b:4"):
+        say(engine, list(range(20)), session=name)
+    assert [s.name for s in sessions.list()] == ["a:1", "b:2", "b:3", "b:4"]
+    found, more = sessions.newest("b:", 2)
+    assert [s.name for s in found] == ["b:4", "b:3"] and more
+    monkeypatch.setattr("inferloom.runtime.sessions.MAX_TOKENS", 60)
+    say(engine, list(range(20)), session="c:1")
+    assert [s.name for s in sessions.list()] == ["a:1", "c:1"]
+    sessions.remember("c:1", list(range(61)))
+    sessions.remember("d:1", list(range(61)))
+    assert [s.name for s in sessions.list()] == ["d:1"]
+
+
+def test_what_one_place_cannot_take_waits_in_another(tmp_path: Path) -> None:
+    engine = start(ram=None, compute=0.001)
+    assert engine.sessions is not None
+    engine.add_request("r", list(range(20)), SamplingParams(max_tokens=4), session="agent", hold=86400.0, place="disk")
+    held = finish(engine)["r"].held
+    assert held is not None and (held.status, held.place, held.seconds) == ("clipped", "keep", 3600.0)
+    assert held.why == "disk: there is no disk tier; leases last 3600 s at most"
+    # What is to stay in memory is never written to disk, however cheap that were.
+    engine = start(ram=None, folder=tmp_path, compute=0.001)
+    assert engine.sessions is not None
+    say(engine, list(range(20)), session="agent")
+    crowd(engine)
+    say(engine, list(range(20)), session="agent")
+    assert engine.sessions.pause("agent", 1e6).place == "disk"
+    assert engine.sessions.pause("agent", 1e6, place="memory").place == "keep"
+    with pytest.raises(RequestError, match="place 'attic'"):
+        say(engine, [1], session="a", hold=1.0, place="attic")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
+from inferloom.runtime.leases import Outcome
 from inferloom.runtime.server.api.common import DONE, chat_logprobs, event, new_id, usage
 from inferloom.runtime.server.api.conversation import Conversation, Tools, begin
 from inferloom.runtime.server.api.fields import Body, Name, Sampled
@@ -148,6 +149,7 @@ class _Run:
         n = body.n or 1
         self._parsers: list[Parser] = [conversation.parser() for _ in range(n)]
         self._called, self._made, self._cached = [False] * n, 0, 0
+        self._held: Outcome | None = None
         self._head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": model.name,
                       "system_fingerprint": None}
 
@@ -165,7 +167,7 @@ class _Run:
         return self._head | {"object": "chat.completion", "usage": self._usage(), "choices": [
             {"index": i, "message": c.message(self._body.include_reasoning is not False),
              "logprobs": {"content": c.logprobs, "refusal": None} if self._body.logprobs else None,
-             "finish_reason": self._reason(i, c.reason), "stop_reason": c.stop} for i, c in enumerate(choices)]}
+             "finish_reason": self._reason(i, c.reason), "stop_reason": c.stop} for i, c in enumerate(choices)]} | self._kept()
 
     async def stream(self) -> AsyncIterator[bytes]:
         options, opened = self._body.stream_options, set[int]()
@@ -214,6 +216,8 @@ class _Run:
         if reason is not None:
             choice["stop_reason"] = stop
         chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]}
+        if reason is not None and not index:  # the first sample is what its session goes on from
+            chunk |= self._kept()
         options = self._body.stream_options
         if options is not None and options.continuous_usage_stats:
             chunk["usage"] = self._usage()
@@ -225,6 +229,10 @@ class _Run:
     def _count(self, update: Update) -> None:
         self._made += sum(len(s.tokens) for s in update.samples)
         self._cached = max(self._cached, update.cached)
+        self._held = update.held or self._held
+
+    def _kept(self) -> dict[str, Any]:
+        return {} if self._talk.wish is None else self._talk.wish.answer(self._held)
 
     def _usage(self) -> dict[str, Any]:
         return usage(len(self._talk.prompt), self._made, self._cached)

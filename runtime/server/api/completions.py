@@ -10,9 +10,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from inferloom.runtime.leases import Outcome
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.server.api.common import DONE, event, new_id, room, usage
 from inferloom.runtime.server.api.fields import MAX_PROMPTS, MAX_SEQUENCES, Sampled, Token
+from inferloom.runtime.server.api.wishes import Wish, wish
 from inferloom.runtime.server.endpoint import Answer, Call
 from inferloom.runtime.server.errors import bad_request
 from inferloom.runtime.server.model import Model, Models
@@ -68,10 +70,11 @@ class Completions:
         if body.max_tokens == 0 and not body.echo:
             raise bad_request("max_tokens must be at least 1, or 0 with echo", "max_tokens")
         params = [self._params(model, body, prompt) for prompt in prompts]
-        model.engine.admit(len(prompts) * n)
-        run = _Run(model, body, prompts, n)
         grammar, salt = body.grammar(), body.salted(call.salt)
-        updates = merged([model.engine.stream(prompt, p, body.priority or 0, salt, grammar)
+        wanted = wish(model, salt, body.session_id, body.session_hold, body.hint(), prompts[0], n, len(prompts))
+        model.engine.admit(len(prompts) * n)
+        run = _Run(model, body, prompts, n, wanted)
+        updates = merged([model.engine.stream(prompt, p, body.priority or 0, salt, grammar, wanted and wanted.session)
                           for prompt, p in zip(prompts, params, strict=True)])
         return run.stream(updates) if body.stream else await run.whole(updates)
 
@@ -95,8 +98,9 @@ async def _tokens(model: Model, prompt: str | list[int], special: bool) -> list[
 class _Run:
     """The choices of one request."""
 
-    def __init__(self, model: Model, body: CompletionBody, prompts: list[list[int]], n: int) -> None:
-        self._model, self._body, self._prompts, self._n = model, body, prompts, n
+    def __init__(self, model: Model, body: CompletionBody, prompts: list[list[int]], n: int, wanted: Wish | None) -> None:
+        self._model, self._body, self._prompts, self._n, self._wish = model, body, prompts, n, wanted
+        self._held: Outcome | None = None
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._of_prompt: list[list[list[Scored] | None] | None] = [None] * len(prompts)
         self._cached = 0
@@ -119,7 +123,7 @@ class _Run:
             if self._body.prompt_logprobs is not None:
                 entry["prompt_logprobs"] = _as_maps(self._of_prompt[i // self._n], self._model)
             made.append(entry)
-        return self._head | {"choices": made, "usage": self._usage()}
+        return self._head | {"choices": made, "usage": self._usage()} | self._kept()
 
     async def stream(self, updates: AsyncIterator[tuple[int, Update]]) -> AsyncIterator[bytes]:
         options = self._body.stream_options
@@ -132,12 +136,18 @@ class _Run:
                 chunk = self._head | {"choices": [self._entry(at * self._n + sample.index, choice, text, logprobs)]}
                 if options is not None and options.continuous_usage_stats:
                     chunk["usage"] = self._usage()
+                if not at and not sample.index and sample.finish_reason is not None:  # what its session goes on from
+                    chunk |= self._kept()
                 yield event(chunk)
         if options is not None and options.include_usage:
             yield event(self._head | {"choices": [], "usage": self._usage()})
         yield DONE
 
+    def _kept(self) -> dict[str, Any]:
+        return {} if self._wish is None else self._wish.answer(self._held)
+
     def _take_prompt(self, at: int, update: Update) -> None:
+        self._held = update.held or self._held
         if self._of_prompt[at] is None:
             self._of_prompt[at] = update.prompt_logprobs
             self._cached += update.cached if update.samples else 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from inferloom.runtime.server.api.common import room
 from inferloom.runtime.server.api.fields import Sampled, json_schema
+from inferloom.runtime.server.api.wishes import Hint, Wish, opening, wish
 from inferloom.runtime.server.endpoint import Call
 from inferloom.runtime.server.errors import bad_request
 from inferloom.runtime.server.model import Model
@@ -61,6 +62,7 @@ class Conversation:
     tools: Tools
     thinking: bool
     guided: bool
+    wish: Wish | None = None
 
     def parser(self) -> Parser:
         """A parser for one sample's text."""
@@ -74,8 +76,12 @@ class Conversation:
 
 
 async def begin(model: Model, messages: Sequence[dict[str, Any]], tools: Tools, max_tokens: int | None, body: Sampled,
-                call: Call, grammar: Grammar | None, logprobs: int | None, options: dict[str, Any]) -> Conversation:
-    """Write the prompt and hand it to the engine. HttpError when it cannot be served."""
+                call: Call, grammar: Grammar | None, logprobs: int | None, options: dict[str, Any],
+                hint: Hint | None = None) -> Conversation:
+    """Write the prompt and hand it to the engine. HttpError when it cannot be served.
+
+    `hint` is what the request says of its cache, if not in the words of `body`.
+    """
     tools.check()
     text, prompt = await model.chat(messages, tools.shown, **options)
     if tools.forced:
@@ -86,6 +92,8 @@ async def begin(model: Model, messages: Sequence[dict[str, Any]], tools: Tools, 
     if tools.shown and not tools.forced and model.tool_parser in SPECIAL_MARKS:
         changes["skip_special_tokens"] = False
     params = body.sampling(room(model, prompt, max_tokens), logprobs, **changes)
+    salt = body.salted(call.salt)
+    wanted = wish(model, salt, body.session_id, body.session_hold, hint or body.hint(), opening(messages, tools.shown), params.n)
     model.engine.admit(params.n)
-    updates = model.engine.stream(prompt, params, body.priority or 0, body.salted(call.salt), grammar)
-    return Conversation(model, prompt, updates, tools, text.rstrip().endswith(OPEN), grammar is not None)
+    updates = model.engine.stream(prompt, params, body.priority or 0, salt, grammar, wanted and wanted.session)
+    return Conversation(model, prompt, updates, tools, text.rstrip().endswith(OPEN), grammar is not None, wanted)

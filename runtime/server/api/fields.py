@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from inferloom.runtime.params import MAX_SAMPLES, SamplingParams
+from inferloom.runtime.server.api.wishes import MAX_ID, Hint, openai_hint
 from inferloom.runtime.server.errors import bad_request
 from inferloom.runtime.server.wire import Grammar
+from inferloom.runtime.sessions import LONGEST_ON_DISK
 from inferloom.runtime.structured_limits import MAX_GRAMMAR_BYTES
 
 MAX_STOPS = 16
@@ -20,6 +22,7 @@ MAX_SEQUENCES = 1024
 
 Name = Annotated[str, StringConstraints(max_length=256)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -65,7 +68,31 @@ class Structured(Body):
     choice: Annotated[list[Name], Field(min_length=1, max_length=1024)] | None = None
 
 
-class Sampled(Body):
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a session's name has printable characters only")
+    return text
+
+
+class Remembered(Body):
+    """How a request's state is remembered when it is done."""
+
+    session_id: Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID), AfterValidator(_printable)] | None = None
+    session_hold: Annotated[float, Field(gt=0, le=LONGEST_ON_DISK)] | None = None
+
+
+class Keyed(Remembered):
+    """The same in OpenAI's words, too."""
+
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    def hint(self) -> Hint:
+        """What these say."""
+        return openai_hint(self.prompt_cache_key, self.prompt_cache_retention)
+
+
+class Sampled(Keyed):
     """What completions and chats have in common."""
 
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -96,7 +123,7 @@ class Sampled(Body):
     include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
     priority: Annotated[int, Field(ge=-2**31, lt=2**31)] | None = 0
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    cache_salt: Salt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Structured | None = None
 
@@ -115,7 +142,7 @@ class Sampled(Body):
 
     def salted(self, salt: bytes) -> bytes:
         """The salt of whoever asks, and the request's own."""
-        return salt if self.cache_salt is None else salt + b"\0" + self.cache_salt.encode()
+        return salted(salt, self.cache_salt)
 
     def grammar(self) -> Grammar | None:
         """What the answer must be. HttpError 400 when that is contradictory or not known."""
@@ -123,6 +150,11 @@ class Sampled(Body):
         if len(found) > 1:
             raise bad_request("response_format and structured_outputs are both given", "structured_outputs")
         return found[0] if found else None
+
+
+def salted(salt: bytes, more: str | None) -> bytes:
+    """The salt of whoever asks, divided further by one of its own."""
+    return salt if more is None else salt + b"\0" + more.encode("utf-8", "surrogatepass")
 
 
 def json_schema(schema: dict[str, Any] | str) -> Grammar:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from inferloom.runtime.leases import Outcome
 from inferloom.runtime.server.api.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionName
 from inferloom.runtime.server.api.common import event, new_id
 from inferloom.runtime.server.api.conversation import Conversation, Tools, begin
-from inferloom.runtime.server.api.fields import Body, Name, Sampled, Stop, json_schema
+from inferloom.runtime.server.api.fields import Body, Name, Remembered, Sampled, Stop, json_schema
+from inferloom.runtime.server.api.wishes import anthropic_hint
 from inferloom.runtime.server.endpoint import Answer, Call
 from inferloom.runtime.server.errors import bad_request
 from inferloom.runtime.server.model import Model, Models
@@ -30,6 +32,7 @@ class Block(Body):
     input: dict[str, Any] | None = None
     tool_use_id: Name | None = None
     content: str | Annotated[list[Block], Field(max_length=MAX_PARTS)] | None = None
+    cache_control: Any = None
     is_error: bool | None = None
 
 
@@ -43,6 +46,7 @@ class MessageTool(Body):
     type: Literal["custom"] | None = None
     description: str | None = None
     input_schema: dict[str, Any]
+    cache_control: Any = None
 
 
 class ToolChoice(Body):
@@ -75,9 +79,11 @@ class Asked(Body):
     tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    cache_control: Any = None
 
 
-class MessageBody(Asked):
+class MessageBody(Asked, Remembered):
+    metadata: dict[str, Any] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
     stream: bool | None = False
     temperature: Annotated[float, Field(ge=0, le=1)] | None = 1.0
@@ -97,9 +103,11 @@ class Messages:
     async def __call__(self, body: MessageBody, call: Call) -> Answer:
         model = self._models[body.model]
         form = body.output_format or (body.output_config.format if body.output_config else None)
-        sampled = Sampled(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=body.stop_sequences)
+        sampled = Sampled(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=body.stop_sequences,
+                          session_id=body.session_id, session_hold=body.session_hold)
         talk = await begin(model, _plain(body), _tools(body), body.max_tokens, sampled, call,
-                           None if form is None else json_schema(form.schema_), None, _options(body))
+                           None if form is None else json_schema(form.schema_), None, _options(body),
+                           anthropic_hint(list(_marks(body)), (body.metadata or {}).get("user_id")))
         run = _Run(model, talk)
         return run.stream() if body.stream else await run.whole()
 
@@ -109,6 +117,17 @@ class Messages:
         tools.check()
         _, prompt = await model.chat(_plain(body), tools.shown, **_options(body))
         return {"input_tokens": len(prompt)}
+
+
+def _marks(body: Asked) -> Iterator[Any]:
+    """What stands as `cache_control` anywhere in a request."""
+    yield body.cache_control
+    yield from (tool.cache_control for tool in body.tools or ())
+    waiting: list[str | list[Block] | None] = [body.system, *(turn.content for turn in body.messages)]
+    while waiting:
+        for block in (b for b in waiting.pop() or () if isinstance(b, Block)):
+            yield block.cache_control
+            waiting.append(block.content)
 
 
 def _options(body: Asked) -> dict[str, Any]:
@@ -176,6 +195,7 @@ class _Run:
     def __init__(self, model: Model, talk: Conversation) -> None:
         self._model, self._talk, self._parser = model, talk, talk.parser()
         self._id, self._made, self._cached, self._called = new_id("msg_"), 0, 0, False
+        self._held: Outcome | None = None
 
     async def whole(self) -> dict[str, Any]:
         blocks: list[dict[str, Any]] = []
@@ -189,7 +209,7 @@ class _Run:
         for block in blocks:
             if block["type"] == "tool_use":
                 block["input"] = _object(block["input"])
-        return self._message(blocks, reason, stop)
+        return self._message(blocks, reason, stop) | self._kept()
 
     async def stream(self) -> AsyncIterator[bytes]:
         opened, kinds = False, list[str]()
@@ -213,14 +233,18 @@ class _Run:
         if kinds:
             yield _block("stop", len(kinds) - 1)
         why, by = self._why(reason, stop)
-        yield event({"type": "message_delta", "delta": {"stop_reason": why, "stop_sequence": by}, "usage": self._usage()},
-                    "message_delta")
+        yield event({"type": "message_delta", "delta": {"stop_reason": why, "stop_sequence": by}, "usage": self._usage(),
+                     **self._kept()}, "message_delta")
         yield event({"type": "message_stop"}, "message_stop")
 
     def _samples(self, update: Update) -> list[Sample]:
         self._made += sum(len(s.tokens) for s in update.samples)
         self._cached = max(self._cached, update.cached)
+        self._held = update.held or self._held
         return update.samples
+
+    def _kept(self) -> dict[str, Any]:
+        return {} if self._talk.wish is None else self._talk.wish.answer(self._held)
 
     def _pieces(self, sample: Sample) -> list[Piece]:
         pieces = [*self._parser.feed(sample.text), *(self._parser.finish() if sample.finish_reason else ())]

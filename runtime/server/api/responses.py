@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from inferloom.runtime.leases import Outcome
 from inferloom.runtime.server.api.chat import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionName
 from inferloom.runtime.server.api.common import event, new_id
 from inferloom.runtime.server.api.conversation import Conversation, Tools, begin
-from inferloom.runtime.server.api.fields import Body, Name, Sampled, json_schema
+from inferloom.runtime.server.api.fields import Body, Keyed, Name, Salt, Sampled, json_schema
 from inferloom.runtime.server.endpoint import Answer, Call
 from inferloom.runtime.server.errors import HttpError, bad_request
 from inferloom.runtime.server.model import Model, Models
@@ -64,7 +65,7 @@ class ReasoningOptions(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
-class ResponseBody(Body):
+class ResponseBody(Keyed):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {
         "previous_response_id": (), "conversation": (), "background": (False,), "prompt": (), "max_tool_calls": (),
         "truncation": ("disabled", "auto"), "context_management": ([],)}
@@ -84,7 +85,7 @@ class ResponseBody(Body):
     metadata: dict[Name, Name] | None = None
     priority: Annotated[int, Field(ge=-2**31, lt=2**31)] | None = 0
     seed: Annotated[int, Field(ge=-2**63, lt=2**64)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    cache_salt: Salt | None = None
 
 
 class Responses:
@@ -96,10 +97,10 @@ class Responses:
     async def __call__(self, body: ResponseBody, call: Call) -> Answer:
         model = self._models[body.model]
         sampled = Sampled(temperature=body.temperature, top_p=body.top_p, seed=body.seed, priority=body.priority,
-                          cache_salt=body.cache_salt)
+                          cache_salt=body.cache_salt, session_id=body.session_id, session_hold=body.session_hold)
         effort = body.reasoning.effort if body.reasoning else None
         talk = await begin(model, _plain(body), _tools(body), body.max_output_tokens, sampled, call, _grammar(body), None,
-                           {} if effort is None else {"reasoning_effort": effort})
+                           {} if effort is None else {"reasoning_effort": effort}, body.hint())
         run = _Run(model, body, talk)
         return run.stream() if body.stream else await run.whole()
 
@@ -183,6 +184,7 @@ class _Run:
         self._id, self._created = new_id("resp_"), int(time.time())
         self._items: list[dict[str, Any]] = []
         self._made = self._cached = self._thought = self._number = 0
+        self._held: Outcome | None = None
 
     async def whole(self) -> dict[str, Any]:
         reason: str | None = None
@@ -222,6 +224,7 @@ class _Run:
     def _samples(self, update: Update) -> list[Sample]:
         self._made += sum(len(s.tokens) for s in update.samples)
         self._cached = max(self._cached, update.cached)
+        self._held = update.held or self._held
         return update.samples
 
     def _pieces(self, sample: Sample) -> list[Piece]:
@@ -304,7 +307,8 @@ class _Run:
                    "output_tokens": self._made, "output_tokens_details": {"reasoning_tokens": self._thought},
                    "total_tokens": len(self._talk.prompt) + self._made}
         choice = body.tool_choice
-        return {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
+        kept = {} if status == "in_progress" or self._talk.wish is None else self._talk.wish.answer(self._held)
+        return kept | {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
                 "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
                 "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self._model.name,
                 "output": self._items, "parallel_tool_calls": body.parallel_tool_calls is not False,
@@ -312,5 +316,5 @@ class _Run:
                 "text": {"format": {"type": (body.text.format.type if body.text and body.text.format else "text")}},
                 "tool_choice": choice.model_dump(exclude_none=True) if isinstance(choice, ChosenTool) else choice or "auto",
                 "tools": [t.model_dump(exclude_none=True) | {"strict": False} for t in body.tools or ()],
-                "truncation": "disabled", "metadata": body.metadata or {},
+                "truncation": "disabled", "metadata": body.metadata or {}, "prompt_cache_key": body.prompt_cache_key,
                 "usage": None if status == "in_progress" else counted}
