@@ -193,7 +193,7 @@ def test_too_many_are_the_fault_of_who_has_most(monkeypatch: pytest.MonkeyPatch)
     assert [s.name for s in found] == ["b:4", "b:3"] and more
     monkeypatch.setattr("inferloom.runtime.sessions.MAX_TOKENS", 60)
     say(engine, list(range(20)), session="c:1")
-    assert [s.name for s in sessions.list()] == ["a:1", "c:1"]
+    assert [s.name for s in sessions.list()] == ["b:4", "c:1"]
     sessions.remember("c:1", list(range(61)))
     sessions.remember("d:1", list(range(61)))
     assert [s.name for s in sessions.list()] == ["d:1"]
