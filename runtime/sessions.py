@@ -132,14 +132,14 @@ class Sessions:
     def __contains__(self, name: str) -> bool:
         return name in self._sessions
 
-    def list(self) -> list[SessionInfo]:
-        """All sessions, the one that was longest unused first."""
-        return [self.info(name) for name in self._sessions]
-
     def newest(self, owner: str, most: int) -> tuple[list[SessionInfo], bool]:
         """At most so many sessions whose names start with `owner`, the last used first; whether there are more."""
         names = [name for name in reversed(self._sessions) if name.startswith(owner)]
         return [self.info(name) for name in names[:most]], len(names) > most
+
+    def list(self) -> list[SessionInfo]:
+        """All sessions, the one that was longest unused first."""
+        return [self.info(name) for name in self._sessions]
 
     def info(self, name: str) -> SessionInfo:
         """RequestError for a session that is not there."""

@@ -212,7 +212,7 @@ def test_what_one_place_cannot_take_waits_in_another(tmp_path: Path) -> None:
     say(engine, list(range(20)), session="agent")
     crowd(engine)
     say(engine, list(range(20)), session="agent")
-    assert engine.sessions.pause("agent", 1e6).place == "disk"
-    assert engine.sessions.pause("agent", 1e6, place="memory").place == "keep"
+    assert engine.sessions.pause("agent", 1e4).place == "disk"
+    assert engine.sessions.pause("agent", 1e4, place="memory").place == "keep"
     with pytest.raises(RequestError, match="place 'attic'"):
         say(engine, [1], session="a", hold=1.0, place="attic")

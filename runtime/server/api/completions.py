@@ -74,7 +74,7 @@ class Completions:
         wanted = wish(model, salt, body.session_id, body.session_hold, body.hint(), prompts[0], n, len(prompts))
         model.engine.admit(len(prompts) * n)
         run = _Run(model, body, prompts, n, wanted)
-        updates = merged([model.engine.stream(prompt, p, body.priority or 0, salt, grammar, wanted and wanted.session)
+        updates = merged([model.engine.stream(prompt, p, body.priority or 0, salt, grammar, wanted.session if wanted else None)
                           for prompt, p in zip(prompts, params, strict=True)])
         return run.stream(updates) if body.stream else await run.whole(updates)
 

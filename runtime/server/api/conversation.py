@@ -95,5 +95,5 @@ async def begin(model: Model, messages: Sequence[dict[str, Any]], tools: Tools, 
     salt = body.salted(call.salt)
     wanted = wish(model, salt, body.session_id, body.session_hold, hint or body.hint(), opening(messages, tools.shown), params.n)
     model.engine.admit(params.n)
-    updates = model.engine.stream(prompt, params, body.priority or 0, salt, grammar, wanted and wanted.session)
+    updates = model.engine.stream(prompt, params, body.priority or 0, salt, grammar, wanted.session if wanted else None)
     return Conversation(model, prompt, updates, tools, text.rstrip().endswith(OPEN), grammar is not None, wanted)
