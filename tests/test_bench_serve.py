@@ -134,6 +134,22 @@ def test_loops(server: Server) -> None:
     assert len(ask(server, [late], seconds=0.2)) == 1
 
 
+def test_sessions_are_held_until_their_last_turn(server: Server) -> None:
+    turns = (traces.Turn("one", 5, 0.0), traces.Turn("two", 6, 0.0))
+
+    async def run() -> list[Timing]:
+        client = Client(server.url, "toy", "completions")
+        try:
+            return await load.run(client, [traces.Conversation("u", "", turns)], 1, 60.0, hold=30.0)
+        finally:
+            await client.close()
+
+    timings = asyncio.run(run())
+    assert [(b["session_id"], b.get("session_hold")) for b in server.bodies] == [("u", 30.0), ("u", None)]
+    assert [t.seen for t in timings] == [0, 13]
+    assert report.summary(timings, report.Slo(1, 1))["recomputed_tokens"] == 9
+
+
 def test_errors_are_counted_and_end_their_conversation() -> None:
     for options, kind in (({"refuse": 2}, "429"), ({"cut": 2}, "JSONDecodeError"),
                           ({"words": 0}, "the stream ended without a token")):
@@ -164,6 +180,7 @@ def test_the_command(server: Server, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     made = json.loads(done.stdout)
     assert made["model"] == "toy" and made["answers"] == 6 and made["cached_tokens"] == 24
+    assert made["recomputed_tokens"] == 27 and made["session_hold"] is None
     assert len(json.loads((tmp_path / "run.json").read_text())["timings"]) == 6
     assert "first token" in (tmp_path / "run.svg").read_text() or (tmp_path / "run.svg").stat().st_size > 1000
     shown = CliRunner().invoke(app, [a for a in arguments if a != "--json"])

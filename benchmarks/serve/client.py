@@ -14,8 +14,8 @@ import httpx
 class Timing:
     """Seconds: `start` since the run began, to the first token, between later ones, and in all.
 
-    `tokens` as the server counts them, `cached` of the prompt's `prompt_tokens`; `error` is what went wrong, with the HTTP
-    status where there was one.
+    `tokens` as the server counts them, `cached` of the prompt's `prompt_tokens`, of which it has `seen` so many in the turn
+    before; `error` is what went wrong, with the HTTP status where there was one.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Timing:
     tokens: int = 0
     prompt_tokens: int = 0
     cached: int = 0
+    seen: int = 0
     text: str = ""
     error: str | None = None
     status: int = 0

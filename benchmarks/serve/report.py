@@ -55,6 +55,7 @@ def summary(timings: Sequence[Timing], slo: Slo) -> dict[str, Any]:
         "tokens": sum(t.tokens for t in good), "prompt_tokens": sum(t.prompt_tokens for t in good),
         "cached_tokens": sum(t.cached for t in good),
         "computed_prompt_tokens": sum(t.prompt_tokens - t.cached for t in good),
+        "recomputed_tokens": sum(max(0, t.seen - t.cached) for t in good),
         "tokens_per_second": sum(t.tokens for t in good) / span if span else 0.0,
         "answers_per_second": len(good) / span if span else 0.0,
         "slo": {"first_token": slo.first, "between_tokens": slo.gap},

@@ -28,6 +28,8 @@ def bench_serve(
                                                     show_default=False)] = None,
     scale: Annotated[float, typer.Option(help="Factor on all lengths.")] = 1.0,
     speed: Annotated[float, typer.Option(help="Factor by which agents' pauses are shortened.")] = 1.0,
+    hold: Annotated[float | None, typer.Option("--session-hold", show_default=False, help="Make each conversation a session "
+                                               "of an inferloom server, and ask it to keep the state so many seconds.")] = None,
     seconds: Annotated[float, typer.Option(help="Nothing new is asked after so long.")] = 600.0,
     slo_first: Annotated[float, typer.Option(help="Goodput counts answers whose first token came within so many "
                                                   "seconds,")] = 2.0,
@@ -53,8 +55,8 @@ def bench_serve(
         raise UsageError("--endpoint is completions or chat, --trace is chat or agent")
     if rate is not None and concurrency is not None:
         raise UsageError("--rate and --concurrency exclude each other: an open loop waits for nobody")
-    if min(scale, speed, seconds) <= 0 or (rate is not None and rate <= 0):
-        raise UsageError("--scale, --speed, --seconds and --rate must be more than 0")
+    if min(scale, speed, seconds) <= 0 or (rate is not None and rate <= 0) or (hold is not None and hold <= 0):
+        raise UsageError("--scale, --speed, --seconds, --rate and --session-hold must be more than 0")
     slo = report.Slo(slo_first, slo_gap)
     conversations = (traces.chat(users, seed, rate, scale) if trace == "chat"
                      else traces.agent(users, turns, seed, speed, scale, rate))
@@ -67,7 +69,8 @@ def bench_serve(
                 if not found:
                     raise UsageError(f"{base_url} has no model: give --model")
                 client.model = found[0]
-            return await run(client, conversations, concurrency or (None if rate else users), seconds, say), client.model
+            return await run(client, conversations, concurrency or (None if rate else users), seconds, say,
+                             hold), client.model
         except httpx.HTTPError as error:
             raise UsageError(f"{base_url} cannot be asked: {error}") from None
         finally:
@@ -76,7 +79,7 @@ def bench_serve(
     with progress(f"asking {base_url}") as say:
         timings, name = asyncio.run(measure())
     made = {"model": name, "endpoint": endpoint, "trace": trace, "users": users, "rate": rate, "concurrency": concurrency,
-            "seed": seed, "scale": scale, "speed": speed, **report.summary(timings, slo)}
+            "seed": seed, "scale": scale, "speed": speed, "session_hold": hold, **report.summary(timings, slo)}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(made | {"timings": [asdict(t) for t in timings]}, indent=1) + "\n")
@@ -98,4 +101,5 @@ def _show(made: dict[str, Any]) -> None:
     out.print(rows)
     out.print(f"{made['tokens_per_second']:.1f} tokens/s, {made['answers_per_second']:.2f} answers/s; goodput "
               f"{made['goodput']:.2f} answers/s ({made['met_slo']:.0%} within {made['slo']['first_token']:g} s and "
-              f"{made['slo']['between_tokens']:g} s); {made['cached_tokens']} of {made['prompt_tokens']} prompt tokens cached")
+              f"{made['slo']['between_tokens']:g} s); {made['cached_tokens']} of {made['prompt_tokens']} prompt tokens cached, "
+              f"{made['recomputed_tokens']} computed again")
