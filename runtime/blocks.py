@@ -29,6 +29,7 @@ class BlockPool:
         self.size = size
         self.evicted: Callable[[Key, tuple[int, ...]], None] | None = None
         self.leased = 0
+        self.cached = 0  # free blocks whose content can be found again
         self._refs = [0] * size
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(size))
         self._key_of: dict[int, Key] = {}
@@ -44,16 +45,23 @@ class BlockPool:
     @property
     def unused(self) -> int:
         """Free blocks that hold nothing that could be found again."""
-        return self.available - sum(b in self._key_of for b in (*self._free, *self._kept))
+        return self.available - self.cached
+
+    @property
+    def kept(self) -> int:
+        """Free blocks under lease."""
+        return len(self._kept)
 
     def allocate(self) -> int:
         """A block with one holder; blocks that hold no cached content go first. OutOfBlocks when none is free."""
         if not self.available:
             raise OutOfBlocks(f"all {self.size} blocks are held")
         block, _ = (self._free or self._kept).popitem(last=False)
-        if self.evicted is not None and block in self._key_of:
-            key = self._key_of[block]
-            self.evicted(key, self._by_key[key])
+        if block in self._key_of:
+            self.cached -= 1
+            if self.evicted is not None:
+                key = self._key_of[block]
+                self.evicted(key, self._by_key[key])
         self._forget(block)
         self._refs[block] = 1
         return block
@@ -62,6 +70,7 @@ class BlockPool:
         """One more holder."""
         if self._refs[block] == 0:
             del self._idle(block)[block]
+            self.cached -= block in self._key_of
         self._refs[block] += 1
 
     def release(self, block: int) -> None:
@@ -71,7 +80,9 @@ class BlockPool:
         self._refs[block] -= 1
         if self._refs[block] == 0:
             self._idle(block)[block] = None
-            if block not in self._key_of:
+            if block in self._key_of:
+                self.cached += 1
+            else:
                 self._free.move_to_end(block, last=False)
 
     def references(self, block: int) -> int:
@@ -134,6 +145,7 @@ class BlockPool:
             del self._key_of[other]
             if other in idle:
                 del idle[other]
+                self.cached -= 1
                 self._free[other] = None
                 self._free.move_to_end(other, last=False)
         self.leased -= len(blocks) if key in self._leases else 0
@@ -149,6 +161,8 @@ class BlockPool:
                 raise ValueError(f"block {block} is free and held at once, or neither")
             if self._refs[block] == 0 and block not in self._idle(block):
                 raise ValueError(f"block {block} is free in the wrong place")
+        if self.cached != sum(block in self._key_of for block in (*self._free, *self._kept)):
+            raise ValueError(f"the pool counts {self.cached} free blocks with content, and has others")
         if self._key_of != {block: key for key, blocks in self._by_key.items() for block in blocks}:
             raise ValueError("the block cache's two indices disagree")
 

@@ -36,7 +36,10 @@ from inferloom.runtime.trace import Timeline
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Counts since the engine started; `prefix_queries` and `prefix_hits` are tokens, as are those that were `drafted`,
-    and of these `accepted`."""
+    and of these `accepted`. `prompt_tokens` went through the model as parts of prompts.
+
+    Of the blocks, `blocks_cached` are free and hold what can be found again, `blocks_kept` of these under lease. The last
+    step had `batch_seqs` sequences with `batch_tokens`."""
 
     steps: int
     tokens_computed: int
@@ -48,6 +51,11 @@ class Stats:
     blocks_available: int
     drafted: int = 0
     accepted: int = 0
+    prompt_tokens: int = 0
+    blocks_cached: int = 0
+    blocks_kept: int = 0
+    batch_seqs: int = 0
+    batch_tokens: int = 0
 
 
 class Engine:
@@ -81,6 +89,7 @@ class Engine:
         self._timeline: Timeline | None = None
         self._pieces = [Pieces(tokenizer, skip_special) for skip_special in (False, True)] if tokenizer is not None else []
         self._arrivals, self._steps, self._computed, self._generated = itertools.count(), 0, 0, 0
+        self._prompted, self._last = 0, (0, 0)
         self._seed = secrets.randbits(64) if seed is None else seed
 
     def add_request(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, prompt: str | None = None,
@@ -186,7 +195,10 @@ class Engine:
         except Exception as error:
             return self._fail([w.sequence for w in work], str(error) or repr(error))
         self._steps += 1
-        self._computed += sum([w.count for w in work])
+        count = sum([w.count for w in work])
+        self._computed += count
+        self._prompted += sum([w.count for w in work if w.sequence.computed < len(w.sequence.request.prompt_ids)])
+        self._last = len(work), count
         news = self._sample(work, logits)
         self.scheduler.finish(work)
         for item in work:
@@ -330,7 +342,7 @@ class Engine:
         cache = self.cache
         return Stats(self._steps, self._computed, self._generated, self.scheduler.preemptions,
                      cache.queries if cache else 0, cache.hits if cache else 0, self.pool.size, self.pool.available,
-                     self._drafted, self._accepted)
+                     self._drafted, self._accepted, self._prompted, self.pool.cached, self.pool.kept, *self._last)
 
     def check_integrity(self) -> None:
         """Raise ValueError when blocks leak or books disagree."""

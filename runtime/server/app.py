@@ -24,6 +24,7 @@ from inferloom.runtime.server.api.messages import Asked, MessageBody, Messages
 from inferloom.runtime.server.api.responses import ResponseBody, Responses
 from inferloom.runtime.server.api.sessions import PauseBody, SessionBody, Sessions
 from inferloom.runtime.server.api.tokens import DetokenizeBody, TokenizeBody, Tokens
+from inferloom.runtime.server.api.view import View
 from inferloom.runtime.server.endpoint import Bodies, Endpoint
 from inferloom.runtime.server.engine import EngineProcess
 from inferloom.runtime.server.errors import HttpError
@@ -32,6 +33,7 @@ from inferloom.runtime.server.health import Health
 from inferloom.runtime.server.metrics import Metrics
 from inferloom.runtime.server.model import Model, Models
 from inferloom.runtime.server.openapi import OpenApi
+from inferloom.runtime.server.page.files import PATHS, File
 from inferloom.runtime.server.parsers.choice import reasoning_parser, tool_parser
 from inferloom.runtime.server.settings import ModelSettings, Settings
 
@@ -74,7 +76,8 @@ def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
     }
     gets = {"/health": health.ready, "/health/ready": health.ready, "/health/live": health.live, "/ping": health.live,
             "/metrics": metrics.answer, "/version": _version, "/v1/models": listing.all,
-            "/v1/models/{name:path}": listing.one, "/v1/sessions": sessions.all, "/v1/sessions/{id:path}": sessions.one}
+            "/v1/models/{name:path}": listing.one, "/v1/sessions": sessions.all, "/v1/sessions/{id:path}": sessions.one,
+            "/v1/engine": View(models).__call__}
     deletes = {"/v1/sessions/{id:path}": sessions.delete}
     whose = ("model", "cache_salt")
     described = OpenApi({path: e.body for path, e in posts.items()}, list(gets), __version__, list(deletes),
@@ -83,6 +86,7 @@ def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
     routes += [Route(path, function, methods=["GET"]) for path, function in gets.items()]
     routes += [Route(path, function, methods=["DELETE"]) for path, function in deletes.items()]
+    routes += [Route(path, File(file).__call__, methods=["GET"]) for path, file in PATHS.items()]
     return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing, HttpError: _refused},
                      middleware=[Middleware(Guard, settings=settings, observe=metrics.answered)])
 

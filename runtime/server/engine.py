@@ -47,6 +47,7 @@ class EngineProcess:
         self.model, self.settings, self._observe = model, settings, observe
         self.ready: wire.Ready | None = None
         self.beat: wire.Beat | None = None
+        self.beaten = 0.0  # when it came
         self.deaths = 0
         self._state = "loading"
         self._tickets: dict[int, Ticket] = {}
@@ -140,7 +141,7 @@ class EngineProcess:
                 for update in message.items:
                     self._deliver(update)
             elif isinstance(message, wire.Beat):
-                self.beat = message
+                self.beat, self.beaten = message, self._heard
             elif isinstance(message, wire.Told):
                 if (answer := self._asked.get(message.id)) is not None and not answer.done():
                     answer.set_result(message)

@@ -19,10 +19,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferloom.runtime.server.errors import HttpError
+from inferloom.runtime.server.page.files import PATHS
 from inferloom.runtime.server.settings import Settings
 
-#: Paths that say whether the server works, and nothing else.
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+#: Paths that say whether the server works, and nothing else; and the page, which is the same for everybody.
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", *PATHS})
+#: What an open page asks all the time: its requests are logged at level debug.
+_POLLED = frozenset({"/v1/engine", "/v1/sessions"})
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _log = structlog.get_logger()
@@ -75,8 +78,9 @@ class Guard:
         finally:
             seconds = time.monotonic() - start
             self._observe(_route(scope), status or 499)
-            _log.info("request", request_id=name, method=scope["method"], path=scope["path"], status=status or 499,
-                      seconds=round(seconds, 4), client=(scope.get("client") or ("",))[0])
+            log = _log.debug if scope["path"] in _POLLED and status == 200 else _log.info
+            log("request", request_id=name, method=scope["method"], path=scope["path"], status=status or 499,
+                seconds=round(seconds, 4), client=(scope.get("client") or ("",))[0])
 
     def _check(self, path: str, headers: Headers) -> bytes:
         """The salt of whoever asks. HttpError 403 or 401."""

@@ -146,8 +146,18 @@ class Updates(msgspec.Struct, tag="updates", frozen=True, array_like=True):
     items: list[Update]
 
 
+class Tier(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of state in a place below the pool, and how many fit; 0 when there is none."""
+
+    bytes: int = 0
+    capacity: int = 0
+
+
 class Beat(msgspec.Struct, tag="beat", frozen=True, array_like=True):
-    """A sign of life. `stuck`: seconds since work was last done while there is some. Then counts since the start."""
+    """A sign of life. `stuck`: seconds since work was last done while there is some. Then counts since the start.
+
+    `blocks_available` may be handed out: of these, `blocks_cached` hold what can be found again, and of these,
+    `blocks_leased` are under lease. `tiers`: memory, disk."""
 
     stuck: float
     running: int
@@ -160,6 +170,12 @@ class Beat(msgspec.Struct, tag="beat", frozen=True, array_like=True):
     preemptions: int
     prefix_queries: int
     prefix_hits: int
+    tokens_prompt: int = 0
+    blocks_cached: int = 0
+    blocks_leased: int = 0
+    batch_sequences: int = 0
+    batch_tokens: int = 0
+    tiers: tuple[Tier, Tier] = (Tier(), Tier())
 
 
 ToEngine = Load | Add | Ask | Abort | Stop

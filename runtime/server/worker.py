@@ -200,10 +200,16 @@ class Worker:
             stuck = time.monotonic() - self._moved if self._engine.has_unfinished else 0.0
             self._send(wire.Beat(stuck, len(queues.running), len(queues.waiting), stats.blocks, stats.blocks_available,
                                  stats.steps, stats.tokens_computed, stats.tokens_generated, stats.preemptions,
-                                 stats.prefix_queries, stats.prefix_hits))
+                                 stats.prefix_queries, stats.prefix_hits, stats.prompt_tokens, stats.blocks_cached,
+                                 stats.blocks_kept, stats.batch_seqs, stats.batch_tokens, self._tiers()))
             before = time.monotonic()
             time.sleep(seconds)
             self._moved += max(time.monotonic() - before - 2 * seconds, 0.0)  # the process was paused: that is no stall
+
+    def _tiers(self) -> tuple[wire.Tier, wire.Tier]:
+        ram, disk = self._engine.tiers.ram, self._engine.tiers.disk
+        return (wire.Tier() if ram is None else wire.Tier(ram.used, ram.capacity),
+                wire.Tier() if disk is None else wire.Tier(disk.used, disk.capacity))
 
     # -- the socket
 

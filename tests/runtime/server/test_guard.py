@@ -37,7 +37,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/metrics", "/tokenize", "/version", "/", "/nothing",
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/metrics", "/tokenize", "/version", "/v1/engine", "/nothing",
                                   "/health/../metrics", "//health", "/health/x", "/HEALTH", "/v1/messages", "/%2e/health"])
 def test_everything_needs_a_key(locked: Server, path: str) -> None:
     with httpx.Client(base_url=locked.url) as client:
