@@ -17,7 +17,7 @@ from inferloom.runtime.server.ticket import Ticket
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 _OWN_ONLY = ("inferloom_http_requests", "inferloom_engine_up", "inferloom_engine_restarts", "inferloom_kv_blocks",
-             "inferloom_steps", "inferloom_tokens_computed")
+             "inferloom_steps", "inferloom_tokens_computed", "inferloom_tier")
 
 
 class Metrics:
@@ -104,6 +104,7 @@ class _Engines:
         yield gauge("num_requests_running", "Sequences in the batch.", beat("running"))
         yield gauge("num_requests_waiting", "Sequences that wait for room.", beat("waiting"))
         yield gauge("kv_blocks", "Blocks of state.", beat("blocks"))
+        yield from self._places()
         yield gauge("kv_cache_usage_perc", "Share of blocks of state that are held.",
                     lambda e: None if e.beat is None else 1 - e.beat.blocks_available / max(e.beat.blocks, 1))
         yield counter("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache.",
@@ -113,6 +114,23 @@ class _Engines:
                       beat("preemptions"))
         yield counter("steps", "Steps.", beat("steps"))
         yield counter("tokens_computed", "Tokens that went through the model.", beat("tokens_computed"))
+
+    def _places(self) -> Iterator[Metric]:
+        """Where state is: blocks by owner, bytes below the pool."""
+        owned = GaugeMetricFamily("inferloom_kv_blocks_owned", "Blocks of state by owner; together they are all blocks.",
+                                  labels=["model_name", "owner"])
+        held = GaugeMetricFamily("inferloom_tier_bytes", "State below the pool.", labels=["model_name", "place"])
+        most = GaugeMetricFamily("inferloom_tier_capacity_bytes", "State that fits below the pool; 0 without such a tier.",
+                                 labels=["model_name", "place"])
+        for engine in self._engines:
+            if engine.beat is not None:
+                name = engine.model.names[0]
+                for owner, blocks in engine.beat.owners().items():
+                    owned.add_metric([name, owner], blocks)
+                for place, tier in zip(("ram", "disk"), engine.beat.tiers, strict=True):
+                    held.add_metric([name, place], tier.bytes)
+                    most.add_metric([name, place], tier.capacity)
+        yield from (owned, held, most)
 
 
 def _aliases(text: str) -> str:

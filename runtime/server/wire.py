@@ -177,6 +177,14 @@ class Beat(msgspec.Struct, tag="beat", frozen=True, array_like=True):
     batch_tokens: int = 0
     tiers: tuple[Tier, Tier] = (Tier(), Tier())
 
+    def owners(self) -> dict[str, int]:
+        """All blocks: `in_use` by sequences; free with content that is `leased`, or just `cached`; and `free` without."""
+        # The counts were read one after the other while the engine ran: no difference of them may look negative.
+        cached = min(self.blocks_cached, self.blocks_available)
+        leased = min(self.blocks_leased, cached)
+        return {"in_use": self.blocks - self.blocks_available, "leased": leased, "cached": cached - leased,
+                "free": self.blocks_available - cached}
+
 
 ToEngine = Load | Add | Ask | Abort | Stop
 FromEngine = Ready | Failed | Refused | Told | Updates | Beat

@@ -27,14 +27,10 @@ class View:
 def view(model: Model) -> dict[str, Any]:
     """A model's engine. Counts are since it started, and 0 while it does not run.
 
-    `time`: seconds on the server's clock when they were taken. Of the `total` blocks, `in_use` are held by sequences,
-    `leased` are free with content under lease, `cached` with other content, and `free` with none.
+    `time`: seconds on the server's clock when they were taken.
     """
     engine, m = model.engine, model.manifest
     beat, seqs = engine.beat or _NOTHING, 0 if engine.ready is None else engine.ready.seqs
-    # The counts were read one after the other while the engine ran: no difference of them may look negative.
-    cached = min(beat.blocks_cached, beat.blocks_available)
-    leased = min(beat.blocks_leased, cached)
     return {
         "object": "engine", "name": model.name, "names": list(model.names), "state": engine.state, "time": engine.beaten,
         "restarts": engine.deaths, "architecture": m.model.architecture, "dtype": m.model.dtype, "chip": m.chip.name,
@@ -42,9 +38,7 @@ def view(model: Model) -> dict[str, Any]:
         "running": beat.running, "waiting": beat.waiting, "steps": beat.steps, "preemptions": beat.preemptions,
         "batch": {"sequences": beat.batch_sequences, "tokens": beat.batch_tokens},
         "tokens": {"prompt": beat.tokens_prompt, "generated": beat.tokens_generated},
-        "blocks": {"total": beat.blocks, "in_use": beat.blocks - beat.blocks_available, "leased": leased,
-                   "cached": cached - leased, "free": beat.blocks_available - cached, "tokens": m.state.block_tokens,
-                   "bytes": m.state.bytes_per_block},
+        "blocks": {"total": beat.blocks, **beat.owners(), "tokens": m.state.block_tokens, "bytes": m.state.bytes_per_block},
         "tiers": {name: _tier(tier) for name, tier in zip(("ram", "disk"), beat.tiers, strict=True)},
         "prefix_cache": {"enabled": engine.model.enable_prefix_caching, "queries": beat.prefix_queries,
                          "hits": beat.prefix_hits}}
