@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from inferloom.runtime.server.model import Model, Models
 from inferloom.runtime.server.wire import Beat, Tier
 
-_NOTHING = Beat(0.0, *[0] * 10)
+_NOTHING = Beat(0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class View:
