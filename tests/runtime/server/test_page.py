@@ -76,16 +76,23 @@ def test_the_engine_view(client: httpx.Client) -> None:
         assert all(blocks[name] >= 0 for name in blocks)
         return dict(one)
 
-    before = view()
+    def settled() -> dict:  # type: ignore[type-arg]
+        """What two signs of life later is known of all that has been answered."""
+        made = view()
+        for _ in range(2):
+            end, last = time.monotonic() + 10, made["time"]
+            while (made := view())["time"] == last:
+                assert time.monotonic() < end, made
+                time.sleep(0.02)
+        return made
+
+    before = settled()
     assert before["name"] == "demo" and before["state"] == "ready" and before["chat_template"]
     assert before["max_num_seqs"] >= 1 and before["tiers"]["disk"] == {"bytes": 0, "capacity": 0}
     ask = {"prompt": "class View:  # of engines\n" * 20, "max_tokens": 5, "ignore_eos": True}
     usage = client.post("/v1/completions", json=ask).json()["usage"]
-    end = time.monotonic() + 10
-    while (after := view())["tokens"]["generated"] - before["tokens"]["generated"] < 5 or after["running"]:
-        assert time.monotonic() < end, after
-        time.sleep(0.05)
-    assert after["tokens"]["generated"] - before["tokens"]["generated"] == 5
+    after = settled()
+    assert after["running"] == 0 and after["tokens"]["generated"] - before["tokens"]["generated"] == 5
     computed = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
     assert after["tokens"]["prompt"] - before["tokens"]["prompt"] == computed
     assert after["prefix_cache"]["queries"] - before["prefix_cache"]["queries"] == usage["prompt_tokens"]
