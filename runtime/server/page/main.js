@@ -6,7 +6,7 @@ import * as engine from "/page/engine.js";
 import * as sessions from "/page/sessions.js";
 
 const $ = (id) => document.getElementById(id);
-let looks = 0, timer = 0, hasSessions = true;
+let looks = 0, timer = 0;
 
 function link(text, kind) {
   $("link").className = `link ${kind}`;
@@ -25,11 +25,10 @@ async function look() {
     engine.update(data);
     const bad = data.filter((e) => e.state !== "ready");
     link(bad.length ? `${bad[0].name} is ${bad[0].state}` : "ready", bad.length ? "bad" : "good");
-    if (hasSessions) await sessions.update();
+    await sessions.update().catch(sessions.failed);
   } catch (error) {
     const problem = error instanceof Problem ? error : new Problem("The server does not answer.", 0);
-    if (problem.status === 404) hasSessions = false;
-    else link(problem.status ? problem.message : "no answer", "bad");
+    link(problem.status ? problem.message : "no answer", "bad");
     if (problem.status === 401) wait = 0; // until there is another key
   }
   if (mine === looks && wait) timer = setTimeout(look, wait);

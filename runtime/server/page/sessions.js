@@ -43,7 +43,7 @@ async function act(button, session, place) {
     say(error instanceof Problem ? error.message : String(error), true);
   }
   button.disabled = false;
-  await update().catch(() => {});
+  await update().catch(failed);
 }
 
 function where(session) {
@@ -52,6 +52,11 @@ function where(session) {
   const said = places.filter(([n]) => n).map(([n, place]) => `${count(n)} ${place}`);
   if (gone > 0) said.push(`${count(gone)} gone`);
   return said.join(", ") || "less than a block";
+}
+
+/** No news of the sessions: an engine that is busy or away says so in its own part. */
+export function failed() {
+  $("sessions-note").textContent = "no answer";
 }
 
 /** Ask again and show. */

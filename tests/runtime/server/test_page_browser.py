@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     not (CHROMIUM and DRIVER and find_spec("selenium")),
     reason="needs chromium, chromedriver (Debian: chromium-driver) and the package selenium")]
 
-NO_SESSIONS = ("/v1/sessions - Failed to load resource: the server responded with a status of 404",)
+#: How many blocks the first session of the table has in the pool.
+BLOCKS = "return parseInt(document.querySelector('#sessions-rows .where').textContent)"
 
 
 class Page:
@@ -137,7 +138,7 @@ def test_a_conversation(server: Server) -> None:
     page.shot("real")
     page("#new").click()
     assert not page.all(".turn") and page.focus == "prompt"
-    page.close(NO_SESSIONS)
+    page.close()
 
 
 def test_stop_frees_the_request(server: Server) -> None:
@@ -159,7 +160,40 @@ def test_stop_frees_the_request(server: Server) -> None:
 
         page.until(lambda: running() == 0, 2)
         page("#new").click()
-    page.close(NO_SESSIONS)
+    page.close()
+
+
+def test_a_session_waits_and_goes_on(start: Callable[..., Server], tmp_path: Path) -> None:
+    from selenium.webdriver.support.select import Select
+
+    server = start("--ram-bytes", "64MiB", "--state-dir", str(tmp_path))
+    page = Page(server.url)
+    page.until(lambda: page("#session").get_attribute("value"))
+    page.set("#session", "walk")
+    page.set("#most", "64")
+    page.ask("from collections import deque\n" * 4)
+    page.done()
+    row = page.until(lambda: page.all("#sessions-rows tr"))[0]
+    assert row.text.startswith("walk") and "in the pool" in row.text
+    for place, said in (("keep", "leased for 300 s"), ("ram", ""), ("disk", "saved")):
+        Select(row.find_element("css selector", ".place")).select_by_value(place)
+        row.find_element("css selector", "[data-do=pause]").click()
+        page.until(lambda: f"accepted, {page.js(BLOCKS)} blocks, {place}" in page("#sessions-said").text)
+        page.until(lambda: said in row.text)
+        if place == "keep":
+            page.until(lambda: int(page(".legend .leased b").text) > 0)
+    page.until(lambda: "of 64.0 MiB" in page("[data-tier=ram] dd").text)
+    page.until(lambda: not page("[data-tier=disk] dd").text.startswith("0 B"))
+    page.shot("real")
+    row.find_element("css selector", "[data-do=resume]").click()
+    page.until(lambda: "walk: accepted" in page("#sessions-said").text and "keep" in page("#sessions-said").text)
+    page.ask("and now")
+    page.done()
+    assert "· 0 of" not in page.all(".turn.assistant .facts")[-1].text
+    row.find_element("css selector", "[data-do=close]").click()
+    page.until(lambda: page("#sessions-none").is_displayed())
+    assert httpx.get(server.url + "/v1/sessions").json()["data"] == []
+    page.close()
 
 
 def test_engine_numbers_move(server: Server) -> None:
@@ -173,7 +207,7 @@ def test_engine_numbers_move(server: Server) -> None:
     page("#stop").click()
     page.done()
     page.until(lambda: page('[data-is="running"]').text.startswith("0 /"))
-    page.close(NO_SESSIONS)
+    page.close()
 
 
 def test_by_keyboard_alone(stub: tuple[Stub, str]) -> None:
@@ -267,7 +301,7 @@ def test_a_server_that_is_away_comes_back(stub: tuple[Stub, str], start: Callabl
     page.ask("anybody?")
     page.done()
     assert page.all(".problem")[-1].text == "The server does not answer."
-    page.close(("ERR_CONNECTION", *NO_SESSIONS))
+    page.close(("ERR_CONNECTION",))
 
 
 def test_a_hidden_page_does_not_ask(stub: tuple[Stub, str]) -> None:
