@@ -65,6 +65,9 @@ class _Bench:
         self.artifact, self.threads, self.runs, self.progress = artifact, threads, runs, progress
         self.with_ceilings = with_ceilings
         self.manifest = json.loads((artifact / "manifest.json").read_text())
+        chip = self.manifest["chip"]
+        if chip["driver"] != "none":
+            raise InferloomError(f"bench measures CPUs, and the artifact is for {chip['name']}: see docs/gpu-benchmarks.md")
         self.cost = step_cost(artifact)
         self.metrics: list[Metric] = []
 
@@ -72,9 +75,6 @@ class _Bench:
         from inferloom.runtime.llm import LLM
         from inferloom.runtime.params import SamplingParams
 
-        chip = self.manifest["chip"]
-        if chip["driver"] != "none":
-            raise InferloomError(f"bench measures CPUs, and the artifact is for {chip['name']}: see docs/gpu-benchmarks.md")
         limit = self.manifest["model"]["max_model_len"]
         if limit < PROMPT + NEW:
             raise InferloomError(f"bench needs {PROMPT + NEW} tokens of context; the artifact was compiled for {limit}")
@@ -99,7 +99,7 @@ class _Bench:
         return {"artifact": self.artifact.name, "model": self.manifest["model"], "chip": self.manifest["chip"],
                 "versions": self.manifest["versions"], "machine": describe(), "threads": self.threads,
                 "time": started, "weight_bytes_per_step": round(self.cost.bytes_of(1)),
-                "flops_per_token": self.cost.flops_per_token,
+                "flops_per_token": self.cost.flops_per_token, "arithmetic": sorted(self.cost.token_flops),
                 "metrics": [{name: getattr(m, name) for name in Metric.__slots__} for m in self.metrics]}
 
     def _fresh_process(self) -> None:
@@ -135,17 +135,12 @@ class _Bench:
     def _decode_ratio(self, batch: int, value: float, ceiling: dict[str, float]) -> tuple[float, str]:
         """Against the roofline: a step takes at least its reading time, and at least its computing time."""
         reading = self.cost.bytes_of(batch) / (_bandwidth(ceiling) * 1e9)
-        computing = batch * (self.cost.flops_per_token + self.cost.flops_per_row) / (self._peak(ceiling) * 1e9)
+        computing = self.cost.seconds(batch, batch, ceiling)
         bound = "read bandwidth" if reading >= computing else "arithmetic peak"
         return value / batch * max(reading, computing), bound
 
     def _prefill_ratio(self, value: float, ceiling: dict[str, float]) -> tuple[float, str]:
-        return value * self.cost.flops_per_token / (self._peak(ceiling) * 1e9), "arithmetic peak"
-
-    def _peak(self, ceiling: dict[str, float]) -> float:
-        """GFLOP/s of the arithmetic that this artifact's matmuls use."""
-        dot = self.manifest["model"]["dtype"] == "bf16" and "avx512_bf16" in self.manifest["chip"]["features"]
-        return ceiling["bf16" if dot and "bf16" in ceiling else "fp32"]
+        return value * self.cost.seconds(1, 0, ceiling), "arithmetic peak"
 
 
 def _bandwidth(ceiling: dict[str, float]) -> float:

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
-
+from inferloom.errors import InferloomError
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`bytes`: weights that a step reads whole. FLOPs: for each token, and for each row of logits.
+    """`bytes`: weights, with their scales, that a step reads whole. FLOPs: for each token, and for each row of logits, by
+    the arithmetic of their products (int8, bf16, fp32).
 
     `experts`: bytes, experts and choices of a token, of the linear layers by expert.
     """
 
     bytes: int
-    flops_per_token: int
-    flops_per_row: int
+    token_flops: Mapping[str, int]
+    row_flops: Mapping[str, int]
     experts: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def flops_per_token(self) -> int:
+        return sum(self.token_flops.values())
+
+    @property
+    def flops_per_row(self) -> int:
+        return sum(self.row_flops.values())
+
+    def seconds(self, tokens: int, rows: int, peaks: Mapping[str, float]) -> float:
+        """What computing takes at least, with `peaks` in GFLOP/s; without a peak of its own, arithmetic has that of fp32."""
+        return sum(count * flops / (peaks.get(name, peaks["fp32"]) * 1e9)
+                   for count, each in ((tokens, self.token_flops), (rows, self.row_flops)) for name, flops in each.items())
 
     def bytes_of(self, tokens: int) -> float:
         """Weights that a step of so many tokens reads, if they choose their experts independently and evenly."""
@@ -31,35 +46,33 @@ class Cost:
 def step_cost(artifact: Path) -> Cost:
     """Adds up the weights of matmul kernels, and of experts that are chosen.
 
-    Embeddings are gathered row by row and count as nothing.
+    Embeddings are gathered row by row and count as nothing. InferloomError for an artifact whose kernels do not say what
+    they multiply: one for a GPU, or of an earlier version.
     """
     manifest = json.loads((artifact / "manifest.json").read_text())
     tensors = _tensors(artifact / manifest["weights"]["file"])
-    itemsize = {"fp32": 4, "bf16": 2}[manifest["model"]["dtype"]]
     read: dict[int, int] = {}
     experts: dict[int, tuple[int, int, int]] = {}
-    per_token = per_row = 0
+    per_token, per_row = Counter[str](), Counter[str]()
     last = max(i for i, call in enumerate(manifest["plan"]) if _writes(call, manifest["output"]["offset"])
                and manifest["kernels"][call["kernel"]]["kind"] != "sampling")
     for number, call in enumerate(manifest["plan"]):
         kernel: dict[str, Any] = manifest["kernels"][call["kernel"]]
         if kernel["kind"] not in ("matmul", "experts"):
             continue
-        offsets = {arg["offset"] for arg in call["args"] if arg["space"] == "weights"}
-        sizes = {offset: tensors[offset] for offset in offsets if offset in tensors}
+        facts = kernel["resources"]
+        if "products" not in facts:
+            raise InferloomError(f"{artifact}: its kernels do not say what they multiply; compile it again, for a CPU")
+        sizes = {arg["offset"]: tensors[arg["offset"]] for arg in call["args"] if arg["space"] == "weights"}
+        flops = 2 * facts["n"] * facts["k"]
         if kernel["kind"] == "experts":
-            count, choices = kernel["resources"]["experts"], kernel["resources"]["choices"]
-            largest = max(sizes, key=lambda offset: sizes[offset])  # the other is a bias
-            experts[largest] = sizes[largest], count, choices
-            per_token += 2 * sizes[largest] // itemsize * choices // count
+            largest = max(sizes, key=lambda offset: sizes[offset])  # the others are scales, or a bias
+            experts[largest] = sum(sizes.values()), facts["experts"], facts["choices"]
+            per_token[facts["products"]] += flops * facts["choices"]
             continue
         read |= sizes
-        flops = 2 * sum(size // itemsize for size in sizes.values())
-        if number == last:
-            per_row += flops
-        else:
-            per_token += flops
-    return Cost(sum(read.values()), per_token, per_row, tuple(experts.values()))
+        (per_row if number == last else per_token)[facts["products"]] += flops
+    return Cost(sum(read.values()), dict(per_token), dict(per_row), tuple(experts.values()))
 
 
 def _writes(call: dict[str, Any], offset: int) -> bool:

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +56,7 @@ class BuildOptions:
     """Limits of an artifact: tokens and sequences of one step, tokens of one sequence and of one block.
 
     `batch_invariant`: a sequence's bits do not depend on its batch (always so on CPUs; slower on GPUs). `kv_dtype`: what
-    keys and values are kept in, if not in `dtype`.
+    keys and values are kept in, if not in `dtype`. `given`: options as the user wrote them, for the manifest.
     """
 
     dtype: str = "bf16"
@@ -68,6 +68,7 @@ class BuildOptions:
     plugins: tuple[Plugin, ...] = ()
     recipe: Recipe = field(default_factory=Recipe)
     kv_dtype: str | None = None
+    given: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, target: Target) -> None:
         """UnsupportedError on a dtype or a quantisation that the target lacks, or a limit that makes no sense."""
@@ -117,8 +118,10 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
     for a model, chip or option that cannot be compiled.
     """
     say = progress or (lambda message: None)
+    given = {name: value for name, value in (("quant", quant), ("quant_head", quant_head), (
+        "quant_embedding", quant_embedding), ("kv_dtype", kv_dtype)) if value is not None}
     options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes),
-                           recipe(quant, quant_head, quant_embedding), kv_dtype)
+                           recipe(quant, quant_head, quant_embedding), kv_dtype, given)
     target = target_for(find(chip), batch_invariant)
     options.check(target)
     say("tracing the model")
@@ -259,6 +262,7 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
         output=m.Output("logits", logits.offset, logits.ld, model.vocab_size, top), kernels=kernels, plan=tuple(calls),
         weights=m.WeightsInfo(WEIGHTS_FILE, data_offset, plan.weight_bytes),
         numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype]), **_quantization(compiled.graph),
+                  **({"options": dict(options.given)} if options.given else {}),
                   **({"passes": ", ".join(f"{p.name} {p.digest}" for p in options.plugins)} if options.plugins else {})},
         files={})
 

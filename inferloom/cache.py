@@ -98,10 +98,12 @@ def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None
             progress: Progress | None = None) -> Path:
     """The artifact to load for `model`: itself, or a checkpoint's artifact from the cache, compiled on first use.
 
-    Raises `UsageError` for a path that is neither, `MissingExtraError` where compiling is needed and impossible.
+    Raises `UsageError` for a path that is neither, and for an artifact that is not quantised as `options` say, where they
+    do; `MissingExtraError` where compiling is needed and impossible.
     """
     path = Path(model).expanduser()
     if is_artifact(path):
+        _check_compiled(path, options or CompileOptions())
         return path
     if not path.exists():
         raise UsageError(f"{path} does not exist; give an artifact (a folder with manifest.json), a checkpoint "
@@ -110,6 +112,21 @@ def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None
         raise UsageError(f"{path} is neither an artifact (no manifest.json) nor a checkpoint "
                          "(no config.json with *.safetensors) nor a GGUF file nor an ONNX model (no *.onnx)")
     return compile_cached(path, options or CompileOptions(), progress)
+
+
+def _check_compiled(artifact: Path, options: CompileOptions) -> None:
+    """`UsageError` when a ready artifact was compiled with other options of quantisation than are given."""
+    wanted = {name: value for name in ("quant", "quant_head", "quant_embedding", "kv_dtype")
+              if (value := getattr(options, name)) is not None}
+    if not wanted:
+        return
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    had = {"kv_dtype": manifest["model"]["dtype"], **manifest.get("numerics", {}).get("options", {})}
+    for name, value in wanted.items():
+        if value != had.get(name, "none"):
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{artifact} is compiled already, with {option} {had.get(name, 'none')}, not {value}: leave "
+                             f"{option} out, or give the checkpoint that it was compiled from")
 
 
 def compile_cached(checkpoint: Path, options: CompileOptions, progress: Progress | None = None) -> Path:

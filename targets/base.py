@@ -145,6 +145,27 @@ def expert_counts(source: KernelSource) -> dict[str, int]:
     return {"experts": int(str(experts.shape[0])), "choices": int(str(choice.shape[1]))}
 
 
+def matmul_of(source: KernelSource) -> Node:
+    """The linear layer of a "matmul" kernel."""
+    body = source.node.attrs["body"]
+    if not isinstance(body, Graph):
+        raise TypeError(body)
+    (node,) = (n for n in body.nodes if n.op in ("packed_linear", "packed_quantized_linear"))
+    return node
+
+
+def matmul_counts(node: Node, bf16_dot: bool) -> dict[str, int | str]:
+    """Columns and inner dimension of a packed linear layer, and the arithmetic of its products: int8, bf16 or fp32.
+
+    `bf16_dot`: whether the chip multiplies bf16; otherwise such products are of fp32.
+    """
+    x = node.operands[0].type if node.operands[0] is not None else None
+    if not isinstance(x, TensorType):
+        raise TypeError(node)
+    products = "int8" if x.dtype is DType.I8 else "bf16" if bf16_dot and x.dtype is DType.BF16 else "fp32"
+    return {"n": int(str(node.attrs["n"])), "k": int(str(node.attrs["k"])), "products": products}
+
+
 @dataclass(frozen=True, slots=True)
 class KernelInfo:
     """A compiled kernel that does (part of) the work of `source`, an index into the sources (-1: after all of them).

@@ -16,13 +16,28 @@ from tests import zoo
 
 
 def test_step_cost_counts_matmuls(tiny_artifact: Path) -> None:
-    """hidden 64, inner 96, 4 + 2 + 2 heads of 16, 2 layers, vocabulary 258; columns are padded to 64, K to 32."""
+    """hidden 64, inner 96, 4 + 2 + 2 heads of 16, 2 layers, vocabulary 258, whose columns are padded to 320."""
     cost = step_cost(tiny_artifact)
     layer = 64 * 128 + 64 * 64 + 64 * 192 + 96 * 64
-    head = 64 * 320
-    assert cost.flops_per_token == 2 * 2 * layer
-    assert cost.flops_per_row == 2 * head
-    assert cost.bytes == 4 * (2 * layer + head)
+    assert cost.token_flops == {"fp32": 2 * 2 * layer} and cost.row_flops == {"fp32": 2 * 64 * 258}
+    assert cost.bytes == 4 * (2 * layer + 64 * 320)
+    assert cost.seconds(3, 2, {"fp32": 2.0}) == pytest.approx((3 * cost.flops_per_token + 2 * cost.flops_per_row) / 2e9)
+
+
+def test_step_cost_counts_what_is_stored(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """int8: a byte a weight, padded to 64 columns, and a scale in f32 for each column."""
+    path = inferloom.compile(tiny_checkpoint, quant="int8", quant_head="none", out=tmp_path / "int8", max_tokens=32, max_seqs=4)
+    cost = step_cost(path)
+    layer, columns = 64 * 128 + 64 * 64 + 64 * 192 + 96 * 64, 128 + 64 + 192 + 64
+    assert cost.token_flops == {"int8": 2 * 2 * layer}
+    assert cost.bytes == 2 * (layer + 4 * columns) + 2 * 64 * 320
+    assert cost.seconds(1, 0, {"fp32": 1.0, "int8": 4.0}) == pytest.approx(cost.flops_per_token / 4e9)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for kernel in manifest["kernels"]:
+        kernel["resources"] = {}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InferloomError, match="compile it again"):
+        step_cost(path)
 
 
 def test_step_cost_counts_the_experts_that_are_chosen(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ def bench(
     chip: options.Chip = "cpu",
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
+    quant: options.Quant = None,
+    quant_head: options.QuantHead = None,
+    quant_embedding: options.QuantEmbedding = None,
+    kv_dtype: options.KvDtype = None,
     speculative: options.Speculative = None,
     num_speculative_tokens: options.SpeculativeTokens = None,
     json_: options.Json = False,
@@ -43,7 +47,7 @@ def bench(
     sizes = options.parse_counts(batches)
     show = _show_steps if profile or trace is not None else _show
     with progress(f"measuring {model}") as report:
-        wanted = options.compile_options(chip, dtype, max_model_len)
+        wanted = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
         path = resolve(model, wanted, report)
         drafts = resolve_draft(options.speculative(speculative, num_speculative_tokens), wanted, report)
         if profile or trace is not None:

@@ -32,10 +32,8 @@ def compile_(
         "--batch-invariant", help="On a GPU: the same bits whatever else is in the batch. CPUs always do.")] = False,
     passes: options.Passes = None,
     quant: options.Quant = None,
-    quant_head: Annotated[str | None, typer.Option("--quant-head", show_default=False, metavar="NAME|none",
-                                                   help="The LM head; as the other layers, in 8 bits at least.")] = None,
-    quant_embedding: Annotated[str | None, typer.Option("--quant-embedding", show_default=False, metavar="NAME|none",
-                                                        help="The embedding; likewise. A tied one goes with the head.")] = None,
+    quant_head: options.QuantHead = None,
+    quant_embedding: options.QuantEmbedding = None,
     kv_dtype: options.KvDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     report_loss: Annotated[bool, typer.Option(

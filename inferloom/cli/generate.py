@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from inferloom.cache import CompileOptions
 from inferloom.cli import options
 from inferloom.cli.console import emit, err, progress, set_json
 from inferloom.errors import InferloomError, UsageError
@@ -44,6 +45,10 @@ def run(
     chip: options.Chip = "cpu",
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
+    quant: options.Quant = None,
+    quant_head: options.QuantHead = None,
+    quant_embedding: options.QuantEmbedding = None,
+    kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
@@ -59,7 +64,8 @@ def run(
     params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
                               "min_p": min_p, "seed": seed, "n": n, "stop": tuple(stop or ()), "logprobs": logprobs}
     start = time.perf_counter()
-    arguments = _arguments(chip, dtype, max_model_len, threads, gpu, memory)
+    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
+    arguments = _arguments(compiling, threads, gpu, memory)
     arguments["speculative"] = options.speculative(speculative, num_speculative_tokens)
     from inferloom.llm import LLM, SamplingParams
 
@@ -134,6 +140,10 @@ def chat(
     chip: options.Chip = "cpu",
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
+    quant: options.Quant = None,
+    quant_head: options.QuantHead = None,
+    quant_embedding: options.QuantEmbedding = None,
+    kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
@@ -146,9 +156,10 @@ def chat(
     from inferloom.llm import LLM, SamplingParams
 
     wanted = SamplingParams(**params)
+    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
     with progress(f"loading {model}") as report:
         llm = LLM(model, progress=report, speculative=options.speculative(speculative, num_speculative_tokens),
-                  **_arguments(chip, dtype, max_model_len, threads, gpu, memory))
+                  **_arguments(compiling, threads, gpu, memory))
     with llm:
         if llm.chat_template is None:
             raise UsageError(f"{model} has no chat template; use `inferloom run`")
@@ -174,11 +185,10 @@ def _ask() -> str | None:
     return line.rstrip("\n") if line else None
 
 
-def _arguments(chip: str, dtype: str, max_model_len: int | None, threads: int | None, gpu: int,
-               memory: str | None) -> dict[str, Any]:
-    checked = options.compile_options(chip, dtype, max_model_len)
-    made: dict[str, Any] = {"chip": checked.chip, "dtype": checked.dtype, "max_model_len": checked.max_model_len,
-                            "gpu": gpu}
+def _arguments(compiling: CompileOptions, threads: int | None, gpu: int, memory: str | None) -> dict[str, Any]:
+    made: dict[str, Any] = {name: getattr(compiling, name) for name in (
+        "chip", "dtype", "max_model_len", "quant", "quant_head", "quant_embedding", "kv_dtype")}
+    made["gpu"] = gpu
     if threads is not None:
         made["threads"] = threads
     if memory is not None:

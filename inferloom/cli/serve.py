@@ -72,6 +72,10 @@ def serve(
     chip: options.Chip = "cpu",
     dtype: options.Dtype = "bf16",
     max_model_len: options.MaxModelLen = None,
+    quant: options.Quant = None,
+    quant_head: options.QuantHead = None,
+    quant_embedding: options.QuantEmbedding = None,
+    kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
@@ -98,7 +102,7 @@ def serve(
         max_logprobs=max_logprobs, drain_timeout=drain_timeout, keep_alive=keep_alive,
         send_timeout=send_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
         log_level=log_level)
-    compiling = options.compile_options(chip, dtype, max_model_len)
+    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
     wanted = []
     for path, names in zip(models, _names(models, served_model_name or []), strict=True):
         with progress(f"opening {path}") as report:

@@ -10,7 +10,18 @@ from typing import Any
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.types import DType
 from inferloom.runtime.manifest import KERNELS_FILE, WASM_FILE
-from inferloom.targets.base import CompiledModule, KernelInfo, KernelSource, Logits, Lowering, Progress, expert_counts
+from inferloom.targets.base import (
+    CompiledModule,
+    KernelInfo,
+    KernelSource,
+    Logits,
+    Lowering,
+    Progress,
+    expert_counts,
+    expert_linear_of,
+    matmul_counts,
+    matmul_of,
+)
 from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared, link_wasm
 from inferloom.targets.tvm import attention, blocks, experts, matmul, quantized, rows, scan
@@ -56,24 +67,25 @@ class CpuTarget:
         chip, isa = self.chip, isa_of(self.chip)
         functions, infos = {}, list[KernelInfo]()
         for number, source in enumerate(sources):
-            kind = str(source.node.attrs["kind"])
+            kind, facts = str(source.node.attrs["kind"]), dict[str, int | str]()
             if kind == "row":
                 fn, grid, args = rows.lower(source)
             elif kind == "matmul":
                 template = quantized if quantized.lowers(source.node) else matmul
                 fn, grid, args = template.lower(source, isa)
+                facts = matmul_counts(matmul_of(source), bool(isa.bf16_dot))
             elif kind == "scan":
                 fn, grid, args = scan.lower(source)
             elif kind == "blocks":
                 fn, grid, args = blocks.lower(source)
             elif kind == "experts":
                 fn, grid, args = experts.lower(source, isa)
+                facts = expert_counts(source) | matmul_counts(expert_linear_of(source)[1], bool(isa.bf16_dot))
             elif kind == "attention":
                 fn, grid, args = attention.lower(source, isa)
             else:
                 raise UnsupportedError(f"the CPU target has no kernels of kind {kind!r}")
             functions[source.symbol] = fn
-            facts = expert_counts(source) if kind == "experts" else {}
             infos.append(KernelInfo(source.symbol, kind, number, grid, args, resources=facts))
         sampling = Sampling(logits)
         functions |= sampling.functions

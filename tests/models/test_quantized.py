@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,24 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     for arguments in (["compile", str(DEMO), "--quant", "int4-g64", "--quant-head", "none", "--out", out], ["inspect", out]):
         assert run(monkeypatch, *arguments) == 0
         assert "28 weights in int4-g64" in " ".join(capsys.readouterr().out.split())
+
+
+def test_commands_that_compile_take_the_same_options(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint is compiled as they say; an artifact that was compiled otherwise is refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    how = ("--quant", "int8", "--quant-head", "none", "--kv-dtype", "int8")
+    assert run(monkeypatch, "run", str(tiny_checkpoint), "hello", "--max-tokens", "2", *how) == 0
+    (made,) = (tmp_path / "inferloom" / "artifacts").glob("*/")
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest["numerics"]["quantized_weights"] == {"int8": 8, "int8-wo": 1}  # four a layer; the embedding
+    assert {layer["dtype"] for group in manifest["state"]["groups"] for layer in group["layers"]} == {"i8"}
+    assert run(monkeypatch, "run", str(made), "hello", "--max-tokens", "2", *how) == 0
+    capsys.readouterr()
+    for command, more in (("run", ["hello"]), ("chat", []), ("bench", []), ("serve", [])):
+        assert run(monkeypatch, command, str(made), *more, "--quant", "int4") == 1
+        assert "with --quant int8, not int4: leave --quant out" in " ".join(capsys.readouterr().err.split())
+    assert run(monkeypatch, "run", str(made), "hello", "--quant-embedding", "int4") == 1
+    assert "with --quant-embedding none" in " ".join(capsys.readouterr().err.split())
+    assert run(monkeypatch, "run", str(made), "hello", "--kv-dtype", "fp8") == 1
+    assert "with --kv-dtype int8, not fp8" in " ".join(capsys.readouterr().err.split())
