@@ -12,6 +12,7 @@ from typing import Any
 
 from inferloom.errors import InferloomError
 
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """`bytes`: weights, with their scales, that a step reads whole. FLOPs: for each token, and for each row of logits, by
