@@ -109,7 +109,7 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
                   max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64,
                   block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
                   quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
-                  kv_dtype: str | None = None, progress: Progress | None = None) -> Path:
+                  quant_activations: str | None = None, kv_dtype: str | None = None, progress: Progress | None = None) -> Path:
     """Compile a checkpoint directory, an ONNX file (or a `TracedModel`) for a chip into the artifact directory `out`.
 
     `passes` are files or names as compiler/plugins.py knows them; `quant` and its like are those of
@@ -118,10 +118,11 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
     for a model, chip or option that cannot be compiled.
     """
     say = progress or (lambda message: None)
-    given = {name: value for name, value in (("quant", quant), ("quant_head", quant_head), (
-        "quant_embedding", quant_embedding), ("kv_dtype", kv_dtype)) if value is not None}
+    given = {name: value for name, value in (
+        ("quant", quant), ("quant_head", quant_head), ("quant_embedding", quant_embedding),
+        ("quant_activations", quant_activations), ("kv_dtype", kv_dtype)) if value is not None}
     options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes),
-                           recipe(quant, quant_head, quant_embedding), kv_dtype, given)
+                           recipe(quant, quant_head, quant_embedding, quant_activations), kv_dtype, given)
     target = target_for(find(chip), batch_invariant)
     options.check(target)
     say("tracing the model")
@@ -161,7 +162,8 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     say("running passes")
     wanted = target.lowering
     packing = Packing(wanted.weight_tile, wanted.weight_k_multiple, dict(wanted.weight_pair))
-    stored, kept = keep(None if options.recipe.unpack else model.quantized, wanted.quantized)
+    stored, kept = keep(None if options.recipe.unpack else model.quantized, wanted.quantized,
+                        options.recipe.activations)
     for note in kept:
         say(f"note: {note}")
         report.fused(note)

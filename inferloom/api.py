@@ -24,7 +24,8 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
             max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
             max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
             quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
-            kv_dtype: str | None = None, force: bool = False, progress: Progress | None = None) -> Path:
+            quant_activations: str | None = None, kv_dtype: str | None = None, force: bool = False,
+            progress: Progress | None = None) -> Path:
     """Compile a checkpoint folder, a GGUF or ONNX file or a module into an artifact; returns the artifact's folder.
 
     `model_or_path` is a checkpoint, a GGUF or ONNX file (or its folder), a `TracedModel` of one of the front ends, or
@@ -34,14 +35,15 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
     always do. `passes` are files with passes of your own, or names that installed packages offer under the entry point
     `inferloom.passes`; they run in this process. `quant` stores the weights of linear layers in few bits: int8, int4,
     int4-g128 and so on (docs/quantization.md); LM head and embedding follow, unless `quant_head` and `quant_embedding` give
-    a name of their own or "none". `kv_dtype` keeps keys and values in `bf16`, `int8` or `fp8` (half the memory, and bytes
+    a name of their own or "none". `quant_activations` is `int8` or `none` for all quantised weights, also those that the
+    checkpoint stores so. `kv_dtype` keeps keys and values in `bf16`, `int8` or `fp8` (half the memory, and bytes
     to read, of bf16) instead of in `dtype`.
     Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
     is replaced only if `force`, and only once the new one is complete. `progress` is called with a line of text for
     each stage. Raises `UsageError`, `MissingExtraError`, or `UnsupportedError` for what cannot be compiled.
     """
     options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant,
-                             tuple(passes), quant, quant_head, quant_embedding, kv_dtype)
+                             tuple(passes), quant, quant_head, quant_embedding, quant_activations, kv_dtype)
     from_path = isinstance(model_or_path, str | os.PathLike)
     if from_path:
         model_or_path = Path(model_or_path).expanduser()

@@ -44,6 +44,7 @@ class CompileOptions:
     quant: str | None = None
     quant_head: str | None = None
     quant_embedding: str | None = None
+    quant_activations: str | None = None
     kv_dtype: str | None = None
 
 
@@ -116,7 +117,7 @@ def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None
 
 def _check_compiled(artifact: Path, options: CompileOptions) -> None:
     """`UsageError` when a ready artifact was compiled with other options of quantisation than are given."""
-    wanted = {name: value for name in ("quant", "quant_head", "quant_embedding", "kv_dtype")
+    wanted = {name: value for name in ("quant", "quant_head", "quant_embedding", "quant_activations", "kv_dtype")
               if (value := getattr(options, name)) is not None}
     if not wanted:
         return

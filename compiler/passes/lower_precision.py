@@ -4,9 +4,8 @@ Before: `%y = linear %x, %w, %b` over f32
 After:  `%x1 = cast %x {dtype=bf16}; %w1 = cast %w {dtype=bf16}; %y = linear %x1, %w1, %b`
 
 Products still accumulate in float32, and everything between matmuls stays float32. Embedding tables are stored
-in the same type, so that a tied output projection shares them. Attention's queries follow, and what enters a linear
-layer of which only the weight is quantised. Where a target multiplies such weights by float32, linear layers read x as
-it is.
+in the same type, so that a tied output projection shares them. Attention's queries follow. Linear layers over quantised
+weights read x as it is; so do others where a target multiplies weights of this type by float32.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
 from inferloom.ir.types import DType, TensorType
 
 NAME = "lower-precision"
-_PLACES = {"linear": (0, 1), "embedding": (1,), "expert_linear": (0, 1), "flex_attention": (0,), "quantized_linear": (0,)}
-_WEIGHTS: dict[str, tuple[int, ...]] = {"linear": (1,), "expert_linear": (1,), "quantized_linear": ()}
+_PLACES = {"linear": (0, 1), "embedding": (1,), "expert_linear": (0, 1), "flex_attention": (0,)}
+_WEIGHTS: dict[str, tuple[int, ...]] = {"linear": (1,), "expert_linear": (1,)}
 
 
 def run(graph: Graph, report: Report, *, dtype: DType, inputs: DType | None = None) -> Graph:

@@ -33,6 +33,7 @@ def bench(
     quant: options.Quant = None,
     quant_head: options.QuantHead = None,
     quant_embedding: options.QuantEmbedding = None,
+    quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     speculative: options.Speculative = None,
     num_speculative_tokens: options.SpeculativeTokens = None,
@@ -47,7 +48,8 @@ def bench(
     sizes = options.parse_counts(batches)
     show = _show_steps if profile or trace is not None else _show
     with progress(f"measuring {model}") as report:
-        wanted = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
+        wanted = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
+                                                 kv_dtype)
         path = resolve(model, wanted, report)
         drafts = resolve_draft(options.speculative(speculative, num_speculative_tokens), wanted, report)
         if profile or trace is not None:

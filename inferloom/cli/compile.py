@@ -34,6 +34,7 @@ def compile_(
     quant: options.Quant = None,
     quant_head: options.QuantHead = None,
     quant_embedding: options.QuantEmbedding = None,
+    quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     report_loss: Annotated[bool, typer.Option(
@@ -52,8 +53,8 @@ def compile_(
         path = inferloom.api.compile(checkpoint, chip=chip, dtype=dtype, out=output, max_model_len=max_model_len,
                                      max_tokens=max_tokens, max_seqs=max_seqs, block_tokens=block_tokens,
                                      batch_invariant=batch_invariant, passes=passes or (), quant=quant,
-                                     quant_head=quant_head, quant_embedding=quant_embedding, kv_dtype=kv_dtype, force=force,
-                                     progress=report)
+                                     quant_head=quant_head, quant_embedding=quant_embedding,
+                                     quant_activations=quant_activations, kv_dtype=kv_dtype, force=force, progress=report)
     seconds = time.perf_counter() - start
     loss = _loss(path, checkpoint, max_model_len, passes, loss_text) if report_loss or loss_text else None
     manifest = json.loads((path / "manifest.json").read_text())

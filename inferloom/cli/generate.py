@@ -48,6 +48,7 @@ def run(
     quant: options.Quant = None,
     quant_head: options.QuantHead = None,
     quant_embedding: options.QuantEmbedding = None,
+    quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
@@ -64,7 +65,8 @@ def run(
     params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
                               "min_p": min_p, "seed": seed, "n": n, "stop": tuple(stop or ()), "logprobs": logprobs}
     start = time.perf_counter()
-    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
+    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
+                                         kv_dtype)
     arguments = _arguments(compiling, threads, gpu, memory)
     arguments["speculative"] = options.speculative(speculative, num_speculative_tokens)
     from inferloom.llm import LLM, SamplingParams
@@ -143,6 +145,7 @@ def chat(
     quant: options.Quant = None,
     quant_head: options.QuantHead = None,
     quant_embedding: options.QuantEmbedding = None,
+    quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
@@ -156,7 +159,8 @@ def chat(
     from inferloom.llm import LLM, SamplingParams
 
     wanted = SamplingParams(**params)
-    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
+    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
+                                         kv_dtype)
     with progress(f"loading {model}") as report:
         llm = LLM(model, progress=report, speculative=options.speculative(speculative, num_speculative_tokens),
                   **_arguments(compiling, threads, gpu, memory))
@@ -187,7 +191,7 @@ def _ask() -> str | None:
 
 def _arguments(compiling: CompileOptions, threads: int | None, gpu: int, memory: str | None) -> dict[str, Any]:
     made: dict[str, Any] = {name: getattr(compiling, name) for name in (
-        "chip", "dtype", "max_model_len", "quant", "quant_head", "quant_embedding", "kv_dtype")}
+        "chip", "dtype", "max_model_len", "quant", "quant_head", "quant_embedding", "quant_activations", "kv_dtype")}
     made["gpu"] = gpu
     if threads is not None:
         made["threads"] = threads

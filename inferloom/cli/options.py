@@ -39,6 +39,9 @@ QuantHead = Annotated[str | None, typer.Option("--quant-head", show_default=Fals
                                                help="The LM head; as the other layers, in 8 bits at least.")]
 QuantEmbedding = Annotated[str | None, typer.Option("--quant-embedding", show_default=False, metavar="NAME|none",
                                                     help="The embedding; likewise. A tied one goes with the head.")]
+QuantActivations = Annotated[str | None, typer.Option(
+    "--quant-activations", show_default=False, metavar="int8|none",
+    help="What quantised weights are multiplied by; int8 if not given, also for checkpoints that are quantised already.")]
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_default=False,
                                                  help="Longest sequence; the model's own limit if not given.")]
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", "--kv-cache-dtype", show_default=False,
@@ -60,12 +63,13 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 
 def compile_options(chip: str, dtype: str, max_model_len: int | None, quant: str | None = None, quant_head: str | None = None,
-                    quant_embedding: str | None = None, kv_dtype: str | None = None) -> CompileOptions:
+                    quant_embedding: str | None = None, quant_activations: str | None = None,
+                    kv_dtype: str | None = None) -> CompileOptions:
     """Checked options. Raises `UsageError` for a dtype that is not known (chips are checked by the compiler)."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     return CompileOptions(chip=chip, dtype=dtype, max_model_len=max_model_len, quant=quant, quant_head=quant_head,
-                          quant_embedding=quant_embedding, kv_dtype=kv_dtype)
+                          quant_embedding=quant_embedding, quant_activations=quant_activations, kv_dtype=kv_dtype)
 
 
 def parse_bytes(text: str) -> int:

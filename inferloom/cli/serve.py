@@ -75,6 +75,7 @@ def serve(
     quant: options.Quant = None,
     quant_head: options.QuantHead = None,
     quant_embedding: options.QuantEmbedding = None,
+    quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
     gpu: options.Gpu = 0,
@@ -102,7 +103,8 @@ def serve(
         max_logprobs=max_logprobs, drain_timeout=drain_timeout, keep_alive=keep_alive,
         send_timeout=send_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
         log_level=log_level)
-    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, kv_dtype)
+    compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
+                                         kv_dtype)
     wanted = []
     for path, names in zip(models, _names(models, served_model_name or []), strict=True):
         with progress(f"opening {path}") as report:

@@ -24,7 +24,7 @@ from inferloom.targets.base import (
 )
 from inferloom.targets.chips import CpuChip
 from inferloom.targets.link import link_shared, link_wasm
-from inferloom.targets.tvm import attention, blocks, experts, matmul, quantized, rows, scan
+from inferloom.targets.tvm import attention, blocks, experts, matmul, quantized, rows, scan, weight_only
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.sampling import Sampling
 from inferloom.targets.tvm.toolchain import compile_object
@@ -46,7 +46,8 @@ class CpuTarget:
     # products of bf16, activations are multiplied as the floats that they are.
     lowering = Lowering(dtypes=("fp32", "bf16"), weight_tile=64, weight_pair={DType.F32: 1, DType.BF16: 2},
                         weight_k_multiple=32, gate_columns=32, prologue=False, row_align=64, avoid=4096,
-                        inputs={DType.BF16: DType.F32}, quantized=frozenset({("int8", "int8"), ("int4", "int8")}),
+                        inputs={DType.BF16: DType.F32}, quantized=frozenset({
+                            ("int8", "int8"), ("int4", "int8"), ("int8", "none"), ("int4", "none"), ("fp8", "none")}),
                         kv_dtypes=("bf16", "int8", "fp8"))
 
     def __init__(self, chip: CpuChip) -> None:
@@ -71,16 +72,18 @@ class CpuTarget:
             if kind == "row":
                 fn, grid, args = rows.lower(source)
             elif kind == "matmul":
-                template = quantized if quantized.lowers(source.node) else matmul
+                node = matmul_of(source)
+                integers = node.op == quantized.OP and node.operands[1] is not None
+                template = matmul if node.op != quantized.OP else quantized if integers else weight_only
                 fn, grid, args = template.lower(source, isa)
-                facts = matmul_counts(matmul_of(source), bool(isa.bf16_dot))
+                facts = matmul_counts(node, bool(isa.bf16_dot))
             elif kind == "scan":
                 fn, grid, args = scan.lower(source)
             elif kind == "blocks":
                 fn, grid, args = blocks.lower(source)
             elif kind == "experts":
                 fn, grid, args = experts.lower(source, isa)
-                facts = expert_counts(source) | matmul_counts(expert_linear_of(source)[1], bool(isa.bf16_dot))
+                facts = matmul_counts(expert_linear_of(source)[1], bool(isa.bf16_dot)) | expert_counts(source)
             elif kind == "attention":
                 fn, grid, args = attention.lower(source, isa)
             else:

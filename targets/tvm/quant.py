@@ -8,9 +8,8 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Node
-from inferloom.ir.types import TensorType
+from inferloom.ir.types import DType, TensorType
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import LANES, bind, f32, lane_of, scratch, splat, store, typed, vectors, wide
 from inferloom.targets.tvm.rowvalue import RowValue, in_scratch, loop, reduce
@@ -47,12 +46,11 @@ def rounded(x: RowValue, row: Expr, group: int) -> tuple[RowValue, RowValue, Row
 
 def looked_up(node: Node, token: Expr, scales: list[RowValue], value: Callable[[Expr, int], Expr], lanes: int) -> RowValue:
     """A row of `quantized_embedding`: `value(k, lanes)` are integers of the token's row."""
-    _integers(node)
-    k, group = _columns(node), int(str(node.attrs["group"]))
+    k, group, fp8 = _columns(node), int(str(node.attrs["group"])), node.attrs["format"] == "fp8"
 
     def load(row: Expr, index: Any, lanes: int) -> Expr:
         at = index[0]
-        made = T.cast(value(at, lanes), f32(lanes))
+        made = vmath.from_8_bits(value(at, lanes), DType.F8 if fp8 else DType.I8, lanes)
         parts = [splat(s.load(row, [wide(token), at // group if group else T.int32(0)], 1), lanes) for s in scales]
         return bind(made * parts[0] + parts[1] if len(parts) > 1 else made * parts[0])
 
@@ -61,9 +59,9 @@ def looked_up(node: Node, token: Expr, scales: list[RowValue], value: Callable[[
 
 def looked_up_packed(node: Node, row: Expr, token: Expr, packed: RowValue, scales: list[RowValue]) -> RowValue:
     """A row of `packed_quantized_embedding`, element by element."""
-    _integers(node)
     _, _, tile, _ = packed.shape
-    group, nibbles = int(str(node.attrs["group"])), node.attrs["format"] == "int4"
+    group, format = int(str(node.attrs["group"])), node.attrs["format"]
+    nibbles = format == "int4"
 
     def scale_of(scale: RowValue, at: Expr) -> Expr:
         if group:
@@ -75,7 +73,10 @@ def looked_up_packed(node: Node, row: Expr, token: Expr, packed: RowValue, scale
         byte = packed.load(row, [wide(token // tile), at // many, token % tile, at % 4], 1)
         if nibbles:
             byte = T.bitwise_and(T.shift_right(byte, at % 8 // 4 * 4), T.int32(15))
-        made = T.cast(byte - T.int32(8 if nibbles else 128), "float32")
+        if format == "fp8":
+            made = vmath.from_8_bits(T.cast(byte, "int8"), DType.F8, 1)
+        else:
+            made = T.cast(byte - T.int32(8 if nibbles else 128), "float32")
         parts = [bind(scale_of(s, at)) for s in scales]
         return made * parts[0] + parts[1] if len(parts) > 1 else made * parts[0]
 
@@ -87,8 +88,3 @@ def _columns(node: Node) -> int:
     if not isinstance(type, TensorType):
         raise TypeError(node)
     return prod(int(str(d)) for d in type.shape[1:])
-
-
-def _integers(node: Node) -> None:
-    if node.attrs["format"] == "fp8":
-        raise UnsupportedError(f"{node.loc}: the CPU target cannot look up fp8 tables yet")

@@ -14,7 +14,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from inferloom.ir.errors import UnsupportedError
-from inferloom.ir.graph import Graph, Node, Value
+from inferloom.ir.graph import Graph, Value
 from inferloom.ir.types import TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
@@ -48,7 +48,8 @@ class _Quantized(Matmul):
         self.n, self.k, self.group = (int(str(self.node.attrs[name])) for name in ("n", "k", "group"))
         format = str(self.node.attrs["format"])
         if scale is None or format not in SHIFT:
-            raise UnsupportedError(f"{self.node.loc}: the CPU target has no kernel of {format} weights and float activations yet")
+            raise UnsupportedError(f"{self.node.loc}: products of integers are not those of {format} weights and float "
+                                   "activations: weight_only.py")
         self.shift, self.products = SHIFT[format], products(isa, format == "int4")
         self.x, self.packed, self.scales, self.sums = (body.inputs.index(_value(v)) for v in (x, packed, scales, sums))
         self.scale, self.offsets, self.added = scale, offsets, bias
@@ -231,12 +232,6 @@ class _Cells:
 
 def _widened(view: Expr, place: Expr) -> Expr:
     return bind(T.cast(view[T.ramp(place, 1, LANES)], f32(LANES)))
-
-
-def lowers(node: Node) -> bool:
-    """Whether a "matmul" kernel is one over a quantised weight."""
-    body = node.attrs["body"]
-    return isinstance(body, Graph) and any(n.op == OP for n in body.nodes)
 
 
 def _type(value: Value | None) -> TensorType:

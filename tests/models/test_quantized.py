@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import inferloom
+from inferloom.cache import CompileOptions, compile_cached
+from inferloom.compiler.build import BuildOptions
+from inferloom.compiler.quantization.recipe import recipe
 from inferloom.errors import UnsupportedError
 from inferloom.runtime.llm import LLM
+from inferloom.targets.chips import find
+from inferloom.targets.select import target_for
 from tests.compiler.test_build import contents
 from tests.conftest import DEMO
 from tests.test_cli import inferloom as run
 
 #: Names, and how far logits may be from those of fp32, relative to their spread (root mean square).
 NEAR = {"int8": 0.05, "int4": 0.35}
+ALONE = {"int8-wo": 0.05, "int4-wo": 0.35, "fp8": 0.15}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,17 @@ def test_logits_are_near_those_of_full_precision(request: pytest.FixtureRequest,
         assert llm.manifest.numerics["quantized_weights"] == counts
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_weights_alone(name: str, exact: tuple[list[int], np.ndarray]) -> None:
+    ids, want = exact
+    path = compile_cached(DEMO, CompileOptions(quant=name))
+    with LLM(path, memory_bytes=300 * 2**20) as llm:
+        got = llm.logits(ids)
+        assert np.sqrt(np.mean((got - want) ** 2)) <= ALONE[name] * want.std()
+        assert llm.manifest.numerics["quantized_weights"][name] >= 28
+
+
 def test_weights_take_the_bytes_that_the_names_promise(demo_bf16: Path, demo_int8: Path, demo_int4: Path) -> None:
     sizes = []
     for path in (demo_bf16, demo_int8, demo_int4):
@@ -53,8 +71,10 @@ def test_compiling_twice_gives_the_same_bytes(demo_int4: Path, tmp_path: Path) -
 def test_what_a_chip_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="quantisation int8 is not supported for h100: compile without it"):
         inferloom.compile(DEMO, chip="h100", quant="int8", out=tmp_path / "a")
+    target = target_for(find("x86-64-v3"), False)
+    target.lowering = replace(target.lowering, quantized=frozenset({("int4", "int8")}))
     with pytest.raises(UnsupportedError, match="int4-wo is not supported for .*int4 weights with int8 activations"):
-        inferloom.compile(DEMO, quant="int4-wo", out=tmp_path / "a")
+        BuildOptions(recipe=recipe("int4-wo")).check(target)
     with pytest.raises(UnsupportedError, match="no quantisation is called 'q4'"):
         inferloom.compile(DEMO, quant="q4", out=tmp_path / "a")
 

@@ -33,10 +33,15 @@ def test_what_is_kept_rounded_and_unpacked() -> None:
     names = {"a": "GPTQ int4", "b": "GPTQ int4", "c": "Q6_K", "d": "fp8", "e": "int8"}
     schemes = {"a": parse("int4-wo"), "b": parse("int4-wo"), "c": parse("int8-g32-wo"), "d": parse("fp8"), "e": parse("int8")}
     stored = StoredWeights(schemes, read, names, frozenset({"c"}))
-    found, notes = keep(stored, {("int4", "none"), ("int8", "int8"), ("int8", "none")})
-    assert found == {k: s for k, s in schemes.items() if k != "d"}
+    kernels = {("int4", "none"), ("int8", "int8"), ("int8", "none")}
+    found, notes = keep(stored, kernels)
+    assert found == {"a": parse("int4-wo"), "b": parse("int4-wo"), "c": parse("int8-g32"), "e": parse("int8")}
+    assert "activations in int8 (--quant-activations none leaves them as the checkpoint does): 1" in notes[1]
+    found, notes = keep(stored, kernels, "none")
+    assert found == {k: s for k, s in schemes.items() if k != "d"} | {"e": parse("int8-wo")}
     assert notes == ("GPTQ int4 weights kept as int4-wo: 2", "Q6_K weights rounded anew to int8-g32-wo: 1",
-                     "fp8 weights unpacked (there are no kernels for fp8): 1", "int8 weights kept as int8: 1")
+                     "fp8 weights unpacked (there are no kernels for fp8): 1", "int8 weights kept as int8-wo with activations as floats "
+                     "(--quant-activations int8 leaves them as the checkpoint does): 1")
     found, notes = keep(stored, {("int4", "int8")})
     assert found == {"a": parse("int4"), "b": parse("int4")} and "with activations in int8" in notes[0]
     assert keep(None, {("int4", "int8")}) == ({}, ()) and keep(stored, set())[0] == {}

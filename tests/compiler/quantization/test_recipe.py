@@ -20,6 +20,9 @@ def test_what_follows_from_options(options: tuple[str | None, ...], linear: str 
 
 
 def test_schemes_of_a_recipe_are_listed_once() -> None:
+    assert recipe("int4", None, "fp8", "none").schemes == (parse("int4-wo"), parse("int8-wo"), parse("fp8"))
+    with pytest.raises(UnsupportedError, match="choose int8 or none"):
+        recipe("int4", activations="bf16")
     assert recipe("int4", stored={"a": parse("int8"), "b": Scheme("fp8", activations="none")}).schemes == (
         parse("int4"), parse("int8"), parse("fp8"))
     assert Recipe(stored={"a": parse("int8")}).active

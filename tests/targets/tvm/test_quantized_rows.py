@@ -10,14 +10,13 @@ import pytest
 from inferloom.compiler.quantization.scheme import parse
 from inferloom.compiler.quantization.tensor import quantize
 from inferloom.ir import op as ops
-from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Value
 from inferloom.ir.types import DType
 from tests.targets.single import TOKENS, Body, alone, tensor
 from tests.targets.tvm.bodies import Kernels
 
 COUNT = 11
-TABLES = {"int8": 64, "int8-g32-asym": 64, "int4": 96, "int4-channel-asym": 51, "int8-asym": 20}
+TABLES = {"int8": 64, "int8-g32-asym": 64, "int4": 96, "int4-channel-asym": 51, "int8-asym": 20, "fp8": 64, "fp8-g32": 96}
 
 
 def rounding(width: int, group: int, norm: bool = False) -> Body:
@@ -99,8 +98,3 @@ def test_rows_of_tables(kernels: Kernels, name: str, k: int) -> None:
                                                                              "k_multiple": 32})
     for made in kernels.check(name, inputs, {"tokens": COUNT}):
         np.testing.assert_allclose(made, table.dequantize()[inputs["ids"]], rtol=1e-6, atol=1e-6)
-
-
-def test_tables_of_fp8_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="fp8"):
-        Kernels("row", {"k": tables("fp8", 64)})
