@@ -40,7 +40,8 @@ def test_what_is_kept_rounded_and_unpacked() -> None:
     found, notes = keep(stored, kernels, "none")
     assert found == {k: s for k, s in schemes.items() if k != "d"} | {"e": parse("int8-wo")}
     assert notes == ("GPTQ int4 weights kept as int4-wo: 2", "Q6_K weights rounded anew to int8-g32-wo: 1",
-                     "fp8 weights unpacked (there are no kernels for fp8): 1", "int8 weights kept as int8-wo with activations as floats "
+                     "fp8 weights unpacked (there are no kernels for fp8): 1",
+                     "int8 weights kept as int8-wo with activations as floats "
                      "(--quant-activations int8 leaves them as the checkpoint does): 1")
     found, notes = keep(stored, {("int4", "int8")})
     assert found == {"a": parse("int4"), "b": parse("int4")} and "with activations in int8" in notes[0]
