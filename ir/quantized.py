@@ -11,7 +11,9 @@ import numpy as np
 FORMATS = ("int8", "int4", "fp8")
 #: The range of integers, and the largest absolute value that symmetric rounding gives.
 RANGE = {"int8": (-128, 127), "int4": (-8, 7)}
-LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+#: What the weight of largest magnitude may become, before it is rounded, in a symmetric group of int4.
+INT4_EXTREMES = (-8.0, -8.5, -7.5, -9.0, -7.0)
 _CHUNK = 1 << 22
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
@@ -20,8 +22,9 @@ def quantize_weight(weight: np.ndarray, format: str, group: int, symmetric: bool
     """Values int8 [n, k], scales f32 [n, k/group] (group 0: [n, 1]), and offsets like scales unless `symmetric`.
 
     Each value is the nearest, ties to even. Symmetric: the scale is the largest absolute weight of a group over the
-    largest value (127, 7 or 448). With offsets: the smallest weight becomes the smallest value and the largest the
-    largest. Scales and offsets of groups are rounded to f16, in which they are stored, before values are chosen by them.
+    largest value (127 or 448); in int4 it is the weight of largest magnitude over the one of `INT4_EXTREMES` (the first, of
+    several) that leaves the least squared error, so that a scale may be negative. With offsets: the smallest weight becomes
+    the smallest value and the largest the largest. Scales and offsets of groups are rounded to f16, in which they are stored, before values are chosen by them.
     """
     n, k = weight.shape
     rows = max(1, _CHUNK // max(k, 1))
@@ -34,7 +37,9 @@ def _quantize(weight: np.ndarray, format: str, group: int, symmetric: bool) -> A
     n, k = weight.shape
     grouped = np.asarray(weight, np.float32).reshape(n, k // group if group else 1, group or k)
     offsets = None
-    if symmetric:
+    if symmetric and format == "int4":
+        scales = _int4_scales(grouped, group)
+    elif symmetric:
         scales = _stored(np.maximum(grouped.max(axis=2), -grouped.min(axis=2)) / np.float32(LARGEST[format]), group)
     else:
         low, high = RANGE[format]
@@ -47,6 +52,21 @@ def _quantize(weight: np.ndarray, format: str, group: int, symmetric: bool) -> A
         return to_fp8(steps).reshape(n, k), scales, offsets
     low, high = RANGE[format]
     return np.clip(np.rint(steps), low, high).astype(np.int8).reshape(n, k), scales, offsets
+
+
+def _int4_scales(grouped: np.ndarray, group: int) -> np.ndarray:
+    """Scales [n, groups] of symmetric int4 for weights [n, groups, width]."""
+    low, high = grouped.min(axis=2), grouped.max(axis=2)
+    extreme = np.where(-low > high, low, high)
+    least, best = np.full(extreme.shape, np.inf, np.float32), np.zeros(extreme.shape, np.float32)
+    for value in INT4_EXTREMES:
+        scales = _stored(extreme / np.float32(value), group)
+        each = np.where(scales == 0, np.float32(1), scales)[:, :, None]
+        error = np.clip(np.rint(grouped / each), *RANGE["int4"]) * each - grouped
+        squares = np.einsum("ngk,ngk->ng", error, error)
+        best = np.where(squares < least, scales, best)
+        least = np.minimum(squares, least)
+    return best
 
 
 def dequantize(values: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None, format: str) -> np.ndarray:

@@ -22,6 +22,8 @@ def test_a_weight_is_off_by_half_a_step_at_most(name: str) -> None:
     if scheme.format == "fp8":
         size = np.abs(weight).reshape(error.shape)
         assert (error <= size / 16 + made.scales[:, :, None] * 2.0 ** -10).all()
+    elif scheme.format == "int4" and scheme.symmetric:  # which may cut off the ends of a range
+        assert (error <= np.abs(made.scales[:, :, None]) * 2.1).all()
     else:  # the ends of a range may be off by the rounding of scale and offset to f16, too
         slack = 0.5 + (0.1 if scheme.group else 1e-3)
         assert (error <= made.scales[:, :, None] * slack).all()
@@ -40,6 +42,22 @@ def test_symmetric_by_hand() -> None:
     assert made.values.tolist() == [[-127, 0, 64, 2]]
     np.testing.assert_allclose(made.scales, [[0.1]], rtol=1e-6)
     assert made.offsets is None
+
+
+def test_symmetric_int4_by_hand() -> None:
+    """The weight of largest magnitude becomes -8, whatever its sign; others leave less error where it is less alone."""
+    made = quantize(np.array([[4.0, -3.5, 1.0, 0.5], [-8.0, 7.0, 1.0, 0.0]], np.float32), parse("int4-channel"))
+    assert made.values.tolist() == [[-8, 7, -2, -1], [-8, 7, 1, 0]] and made.scales.tolist() == [[-0.5], [1.0]]
+    made = quantize(np.array([[-7.0, 7.0, 1.0, -2.0]], np.float32), parse("int4-channel"))
+    assert made.dequantize().tolist() == [[-7.0, 7.0, 1.0, -2.0]]
+
+
+def test_symmetric_int4_leaves_less_than_the_largest_over_7() -> None:
+    weight = _weight()
+    plain = np.float32(weight).reshape(-1, 32)
+    scale = (np.abs(plain).max(axis=1, keepdims=True) / 7).astype(np.float16).astype(np.float32)
+    error = np.square(np.rint(plain / scale) * scale - plain).sum()
+    assert np.square(quantize(weight, parse("int4")).dequantize() - weight).sum() < 0.9 * error
 
 
 def test_asymmetric_by_hand() -> None:
