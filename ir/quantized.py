@@ -24,7 +24,8 @@ def quantize_weight(weight: np.ndarray, format: str, group: int, symmetric: bool
     Each value is the nearest, ties to even. Symmetric: the scale is the largest absolute weight of a group over the
     largest value (127 or 448); in int4 it is the weight of largest magnitude over the one of `INT4_EXTREMES` (the first, of
     several) that leaves the least squared error, so that a scale may be negative. With offsets: the smallest weight becomes
-    the smallest value and the largest the largest. Scales and offsets of groups are rounded to f16, in which they are stored, before values are chosen by them.
+    the smallest value and the largest the largest. Scales and offsets of groups are rounded to f16, in which they are
+    stored, before values are chosen by them.
     """
     n, k = weight.shape
     rows = max(1, _CHUNK // max(k, 1))

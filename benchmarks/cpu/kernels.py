@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from inferloom.benchmarks.machine import ceilings, describe
 from inferloom.compiler.plan import Rows, tensor_bytes
+from inferloom.compiler.quantization.scheme import parse
 from inferloom.ir.graph import Builder, Graph, Value
 from inferloom.ir.types import DType, Sym, TensorType
 from inferloom.runtime.device.cpu import Call
@@ -73,9 +74,28 @@ def dense(dtype: DType, builder: Builder, lowering: Lowering, rows: Sym, n: int,
     return builder.emit("packed_linear", x, packed, n=n, k=k)
 
 
+def quantized(name: str, builder: Builder, lowering: Lowering, rows: Sym, n: int, k: int) -> Value:
+    """x @ w.T with w in the scheme of that name, and x of integers where the scheme says so."""
+    scheme, tile = parse(name), lowering.weight_tile
+    tiles, padded = -(-n // tile), -(-k // lowering.weight_k_multiple) * lowering.weight_k_multiple
+    integers = scheme.activations == "int8"
+    x = builder.input("x", TensorType(DType.I8 if integers else DType.F32, (rows, k)))
+    scale = builder.input("scale", TensorType(DType.F32, (rows, 1))) if integers else None
+    sums = builder.input("sums", TensorType(DType.I32, (rows, scheme.groups(k)))) if integers else None
+    packed = builder.input("packed", TensorType(DType.U8, (tiles, padded * scheme.bits // 32, tile, 4)))
+    kind = TensorType(DType.F16, (tiles, scheme.groups(k), tile)) if scheme.group else TensorType(DType.F32, (n, 1))
+    scales = builder.input("scales", kind)
+    offsets = None if scheme.symmetric else builder.input("offsets", kind)
+    return builder.emit("packed_quantized_linear", x, scale, sums, packed, scales, offsets, n=n, k=k, format=scheme.format,
+                        group=scheme.group)
+
+
+SCHEMES = ("int8", "int8-g32", "int4", "int4-g128", "int4-asym", "int8-wo", "int4-wo", "int4-g128-wo", "fp8")
 KINDS: dict[str, Kind] = {
     "fp32": Kind(partial(dense, DType.F32), lambda chip: "fp32"),
     "bf16": Kind(partial(dense, DType.BF16), lambda chip: "bf16" if chip.bf16_dot else "fp32"),
+    **{name: Kind(partial(quantized, name), partial(lambda peak, chip: peak, "int8" if parse(name).activations == "int8"
+                                                    else "fp32")) for name in SCHEMES},
 }
 
 
@@ -184,6 +204,8 @@ def _fill(random: np.random.Generator, value: Value, size: int) -> NDArray[np.ui
     if dtype is DType.BF16:
         wide = random.standard_normal(size // 2, np.float32) * np.float32(0.1)
         return (wide.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    if dtype is DType.F16:
+        return (random.standard_normal(size // 2, np.float32) * np.float32(0.1)).astype(np.float16).view(np.uint8)
     return random.integers(0, 256, size, np.uint8)
 
 
