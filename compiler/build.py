@@ -275,7 +275,8 @@ def _quantization(graph: Graph) -> dict[str, dict[str, int]]:
     for kernel in graph.nodes:
         body = kernel.attrs.get("body")
         for node in body.nodes if isinstance(body, Graph) else ():
-            attrs, place = node.attrs, {"packed_quantized_linear": 5, "quantized_embedding": 3}.get(node.op)
+            attrs, place = node.attrs, {"packed_quantized_linear": 5, "quantized_embedding": 3,
+                                                  "packed_quantized_expert_linear": 3}.get(node.op)
             if place is not None:
                 symmetric = len(node.operands) <= place or node.operands[place] is None
                 integers = node.op == "packed_quantized_linear" and node.operands[1] is not None

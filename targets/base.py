@@ -129,7 +129,7 @@ def expert_linear_of(source: KernelSource) -> tuple[Graph, Node]:
     body = source.node.attrs["body"]
     if not isinstance(body, Graph):
         raise TypeError(body)
-    (node,) = (n for n in body.nodes if n.op == "packed_expert_linear")
+    (node,) = (n for n in body.nodes if n.op in ("packed_expert_linear", "packed_quantized_expert_linear"))
     for other in body.nodes:
         if other is not node and other.op not in ("cast", "reshape"):
             raise UnsupportedError(f"{other.loc}: {other.op} cannot follow a linear layer of experts in one kernel")
@@ -139,10 +139,12 @@ def expert_linear_of(source: KernelSource) -> tuple[Graph, Node]:
 def expert_counts(source: KernelSource) -> dict[str, int]:
     """How many experts an "experts" kernel has weights of, and how many of them each token chooses."""
     node = expert_linear_of(source)[1]
-    experts, choice = (v.type for v in node.operands[1:3] if v is not None)
-    if not isinstance(experts, TensorType) or not isinstance(choice, TensorType):
+    quantized = node.op == "packed_quantized_expert_linear"
+    weight, choice = (v.type if v is not None else None for v in (node.operands[1], node.operands[4 if quantized else 2]))
+    if not isinstance(weight, TensorType) or not isinstance(choice, TensorType):
         raise TypeError(node)
-    return {"experts": int(str(experts.shape[0])), "choices": int(str(choice.shape[1]))}
+    experts = int(str(weight.shape[0])) * (int(str(weight.shape[2])) if quantized else 1)
+    return {"experts": experts // (int(str(node.attrs["n"])) if quantized else 1), "choices": int(str(choice.shape[1]))}
 
 
 def matmul_of(source: KernelSource) -> Node:

@@ -23,6 +23,7 @@ from inferloom.ir.types import STATES, DType, TensorType
 
 NAME = "group-kernels"
 ANCHORS = {"packed_linear": "matmul", "packed_quantized_linear": "matmul", "packed_expert_linear": "experts",
+           "packed_quantized_expert_linear": "experts",
            "paged_attention": "attention",
            "block_means": "blocks", "block_scores": "blocks",
            **dict.fromkeys((PAGED + name for name in STATE_OF), "scan")}

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from inferloom.compiler.report import Report
+from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
 from inferloom.ir.op import Attr
 from inferloom.ir.types import DType, TensorType
@@ -77,6 +78,13 @@ def run(graph: Graph, report: Report, *, packing: Packing) -> Graph:
             every = (*operands, None, None)[:7]
             arrays, how = pack_quantized(builder, node, *every[3:6])
             return builder.emit_node("packed_quantized_linear", (*every[:3], *arrays, every[6]), how, node.loc).results
+        if node.op == "quantized_expert_linear":
+            x, values, scales, offsets, *rest = operands
+            n = int(str(node.attrs["n"]))
+            if n % packing.tile:
+                raise UnsupportedError(f"{node.loc}: experts of {n} columns do not fill tiles of {packing.tile}")
+            arrays, how = pack_quantized(builder, node, values, scales, offsets)
+            return builder.emit_node("packed_quantized_expert_linear", (x, *arrays, *rest), {**how, "n": n}, node.loc).results
         if node.op == "quantized_embedding" and node.operands[1] in tied:
             arrays, how = pack_quantized(builder, node, *(*operands[1:], None)[:3])
             report.fused("embedding reads the tied output projection's packed weight", node.loc)

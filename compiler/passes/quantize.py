@@ -11,6 +11,7 @@ of rows of one scheme is a weight of that scheme. What is left as it is, and why
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from inferloom.compiler.quantization.recipe import Recipe
 from inferloom.compiler.quantization.rows import row_sources
@@ -23,6 +24,8 @@ from inferloom.ir.graph import Builder, Graph, Node, Value, rewrite
 NAME = "quantize"
 #: Fewer rows or columns are no work worth the rounding.
 LEAST = 32
+#: Rows of an expert's weight fill tiles of so many, which then hold one expert's each.
+EXPERT_ROWS = 64
 #: What may stand between a router's logits and the choice of experts, besides pointwise ops.
 _BETWEEN = frozenset({"reshape", "slice", "sum", "max", "mean", "take", "expand"})
 
@@ -41,6 +44,7 @@ class _Quantizer:
         self.heads = _linears_before(graph.outputs, self.producers)
         self.tied = {n.operands[1] for n in self.heads} & {n.operands[1] for n in graph.nodes if n.op == "embedding"}
         self.schemes = {n: s for n in graph.nodes if (s := self._scheme(n)) is not None}
+        self.stacked: dict[Value, Value] = {}
         self.weights: dict[Value, Sequence[Value]] = {}
         self.rows: dict[tuple[Value, int], Sequence[Value]] = {}
 
@@ -51,8 +55,8 @@ class _Quantizer:
 
     def _scheme(self, node: Node) -> Scheme | None:
         """The scheme of a linear layer or an embedding, None to leave it; says why."""
-        if node.op == "expert_linear" and self.recipe.linear is not None:
-            self.report.skipped("quantise experts", "experts have no quantised kernels yet", node.loc)
+        if node.op == "expert_linear":
+            return self._experts(node)
         if node.op not in ("linear", "embedding"):
             return None
         weight, what = node.operands[1], "linear layer" if node.op == "linear" else "embedding"
@@ -80,6 +84,26 @@ class _Quantizer:
             self.report.skipped(f"quantise {what} [{n}, {k}]", why, node.loc)
             return None
         self.report.fused(f"{what} [{n}, {k}] to {wanted}", node.loc)
+        return wanted
+
+    def _experts(self, node: Node) -> Scheme | None:
+        """Experts are multiplied by floats, whatever other layers are."""
+        wanted, weight, choice = self.recipe.linear, node.operands[1], node.operands[2]
+        if wanted is None or weight not in self.constants:
+            return None
+        experts, n, k = (int(str(d)) for d in tensor(weight).shape)  # type: ignore[arg-type]
+        n, k = (k, n) if node.attrs["transposed"] else (n, k)
+        what, why = f"{experts} experts [{n}, {k}]", ""
+        if not _chosen(choice, self.producers):
+            why = "no router chooses them: they are heads of latent attention"
+        elif n % EXPERT_ROWS:
+            why = f"{n} rows are no multiple of {EXPERT_ROWS}"
+        else:
+            wanted, why = self._fitting(replace(wanted, activations="none"), k, node, what)
+        if why or wanted is None:
+            self.report.skipped(f"quantise {what}", why, node.loc)
+            return None
+        self.report.fused(f"{what} to {wanted}", node.loc)
         return wanted
 
     def _stored(self, weight: Value, wanted: Scheme | None, node: Node) -> Scheme | None:
@@ -114,15 +138,29 @@ class _Quantizer:
         if scheme is None:
             return None
         x, weight, *bias = operands
+        if node.op == "expert_linear":
+            weight = self._rows_of_experts(builder, weight, bool(node.attrs["transposed"]))  # type: ignore[arg-type]
         how = {"format": scheme.format, "group": scheme.group}
         values, scales, offsets = self._weight(builder, weight, scheme)  # type: ignore[arg-type]
         if node.op == "embedding":
             return builder.emit_node("quantized_embedding", (x, values, scales, offsets), how, node.loc).results
+        if node.op == "expert_linear":
+            n = int(str(tensor(node.result).shape[-1]))
+            return builder.emit_node("quantized_expert_linear", (x, values, scales, offsets, *bias), {**how, "n": n},
+                                     node.loc).results
         rows: Sequence[Value | None] = (x, None, None)
         if scheme.activations == "int8":
             rows = self._rows(builder, x, scheme.group, node.loc)  # type: ignore[arg-type]
         return builder.emit_node("quantized_linear", (*rows, values, scales, offsets, *bias), how, node.loc,
                                  [v.name for v in node.results]).results
+
+    def _rows_of_experts(self, builder: Builder, weight: Value, transposed: bool) -> Value:
+        """All experts' weights as one, [experts * n, k]."""
+        if weight not in self.stacked:
+            moved = builder.emit("permute", weight, axes=(0, 2, 1)) if transposed else weight
+            experts, n, k = (int(str(d)) for d in tensor(moved).shape)
+            self.stacked[weight] = builder.emit("reshape", moved, shape=(experts * n, k))
+        return self.stacked[weight]
 
     def _weight(self, builder: Builder, weight: Value, scheme: Scheme) -> tuple[Value, Value, Value | None]:
         if weight not in self.weights:
@@ -135,6 +173,20 @@ class _Quantizer:
         if (x, group) not in self.rows:
             self.rows[x, group] = builder.emit_node("quantize_rows", (x,), {"group": group}, loc).results
         return self.rows[x, group]
+
+
+def _chosen(choice: Value | None, producers: dict[Value, Node]) -> bool:
+    """Whether a `topk` is among what makes `choice`."""
+    seen, todo = set(), [choice]
+    while todo:
+        node = producers.get(todo.pop())  # type: ignore[arg-type]
+        if node is None or node in seen:
+            continue
+        if node.op == "topk":
+            return True
+        seen.add(node)
+        todo += node.operands
+    return False
 
 
 def _linears_before(values: Sequence[Value | None], producers: dict[Value, Node]) -> set[Node]:

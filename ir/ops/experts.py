@@ -41,7 +41,8 @@ class Take:
         return np.take_along_axis(x, places, -1)
 
 
-def _shape(x: TensorType, choice: TensorType, experts: int, n: int, bias: TensorType | None) -> TensorType:
+def expert_result(x: TensorType, choice: TensorType, experts: int, n: int, bias: TensorType | None) -> TensorType:
+    """The type of a linear layer by expert; VerifyError where operands do not fit each other."""
     if x.rank != 3 or choice.rank != 2 or choice.dtype is not DType.I32 or x.shape[0] != choice.shape[0]:
         raise VerifyError("x must be [tokens, 1 or choices, k] and choice i32 [tokens, choices]")
     if x.shape[1] not in (1, choice.shape[1]):
@@ -51,7 +52,8 @@ def _shape(x: TensorType, choice: TensorType, experts: int, n: int, bias: Tensor
     return TensorType(DType.F32, (*choice.shape, n))
 
 
-def _product(x: np.ndarray, weight: np.ndarray, choice: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+def expert_product(x: np.ndarray, weight: np.ndarray, choice: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """x [tokens, 1 or choices, k] by weight [experts, n, k] of each choice, plus its bias."""
     out = np.zeros((*choice.shape, weight.shape[1]), np.float32)
     rows = np.broadcast_to(x, (*choice.shape, x.shape[-1]))
     for expert in np.unique(choice):
@@ -76,10 +78,10 @@ class ExpertLinear:
             raise VerifyError("the last dim of x must be the weight's k")
         if x.dtype not in (weight.dtype, DType.F32):
             raise VerifyError("x has neither the weight's element type nor f32; insert a cast")
-        return _shape(x, choice, int(str(weight.shape[0])), int(str(weight.shape[2 if transposed else 1])), bias)
+        return expert_result(x, choice, int(str(weight.shape[0])), int(str(weight.shape[2 if transposed else 1])), bias)
 
     def reference(x, weight, choice, bias=None, *, transposed):  # type: ignore[no-untyped-def, misc]
-        return _product(x, weight.transpose(0, 2, 1) if transposed else weight, choice, bias)
+        return expert_product(x, weight.transpose(0, 2, 1) if transposed else weight, choice, bias)
 
 
 @op("pack_experts", tolerance=Tolerance(0.0, 0.0))
@@ -112,9 +114,9 @@ class PackedExpertLinear:
               *, n: int, k: int) -> TensorType:
         if packed.rank != 5 or x.shape[2:] != (k,) or x.dtype not in (packed.dtype, DType.F32):
             raise VerifyError(f"x must be [tokens, 1 or choices, {k}] in the element type of the weights or f32")
-        return _shape(x, choice, int(str(packed.shape[0])), n, bias)
+        return expert_result(x, choice, int(str(packed.shape[0])), n, bias)
 
     def reference(x, packed, choice, bias=None, *, n, k):  # type: ignore[no-untyped-def, misc]
         experts, tiles, steps, tile, pair = packed.shape
         weight = packed.transpose(0, 1, 3, 2, 4).reshape(experts, tiles * tile, steps * pair)[:, :n, :k]
-        return _product(x, weight, choice, bias)
+        return expert_product(x, weight, choice, bias)

@@ -6,6 +6,7 @@ import numpy as np
 
 from inferloom.ir.errors import VerifyError
 from inferloom.ir.op import Tolerance, op
+from inferloom.ir.ops.experts import expert_product, expert_result
 from inferloom.ir.quantized import FORMATS, dequantize, quantize_weight
 from inferloom.ir.types import DType, TensorType
 
@@ -248,6 +249,53 @@ class PackedQuantizedLinear:
     def reference(x, scale, sums, packed, scales, offsets=None, bias=None, *, n, k, format, group):  # type: ignore[no-untyped-def, misc]
         offsets = None if offsets is None else _unpack_scales(offsets, n, group)
         return _product(x, scale, _unpack_values(packed, n, k, format), _unpack_scales(scales, n, group), offsets, bias, format)
+
+
+@op("quantized_expert_linear", tolerance=Tolerance(1e-5, 1e-4))
+class QuantizedExpertLinear:
+    """`expert_linear` with weights of `quantize_weight`: values i8 [experts * n, k], scales and offsets like them.
+
+    x [tokens, 1 or choices, k] of floats, choice i32 [tokens, choices], bias f32 [experts, n] -> f32 [tokens, choices, n].
+    """
+
+    def infer(x: TensorType, values: TensorType, scales: TensorType, offsets: TensorType | None, choice: TensorType,  # type: ignore[misc]
+              bias: TensorType | None = None, *, n: int, format: str, group: int = 0) -> TensorType:
+        if values.rank != 2 or values.dtype is not DType.I8:
+            raise VerifyError(f"values must be i8 [experts * n, k], got {values}")
+        rows, k = _size(values, 0), _size(values, 1)
+        _check_format(format, group, k)
+        _check_scales(rows, k, group, scales, offsets)
+        return _check_experts(x, choice, rows, n, k, bias)
+
+    def reference(x, values, scales, offsets, choice, bias=None, *, n, format, group):  # type: ignore[no-untyped-def, misc]
+        weight = dequantize(values, scales, offsets, format)
+        return expert_product(x, weight.reshape(-1, n, weight.shape[1]), choice, bias)
+
+
+@op("packed_quantized_expert_linear", tolerance=Tolerance(1e-5, 1e-4), foldable=False)
+class PackedQuantizedExpertLinear:
+    """`quantized_expert_linear` with values laid out by `pack_quantized`, scales and offsets of groups by `pack_scales`;
+    n and k are those of each expert's weight, of which tiles hold no two."""
+
+    def infer(x: TensorType, packed: TensorType, scales: TensorType, offsets: TensorType | None, choice: TensorType,  # type: ignore[misc]
+              bias: TensorType | None = None, *, n: int, k: int, format: str, group: int = 0) -> TensorType:
+        rows = _size(packed, 0) * _size(packed, 2)
+        if n % _size(packed, 2):
+            raise VerifyError(f"tiles of {packed} hold rows of two experts of {n}")
+        _check_packed(packed, rows, k, format, group, scales, offsets)
+        return _check_experts(x, choice, rows, n, k, bias)
+
+    def reference(x, packed, scales, offsets, choice, bias=None, *, n, k, format, group):  # type: ignore[no-untyped-def, misc]
+        rows = packed.shape[0] * packed.shape[2]
+        offsets = None if offsets is None else _unpack_scales(offsets, rows, group)
+        weight = dequantize(_unpack_values(packed, rows, k, format), _unpack_scales(scales, rows, group), offsets, format)
+        return expert_product(x, weight.reshape(-1, n, k), choice, bias)
+
+
+def _check_experts(x: TensorType, choice: TensorType, rows: int, n: int, k: int, bias: TensorType | None) -> TensorType:
+    if x.shape[2:] != (k,) or not x.dtype.is_float or n < 1 or rows % n:
+        raise VerifyError(f"x must be [tokens, 1 or choices, {k}] of floats, and {rows} rows those of experts of {n}")
+    return expert_result(x, choice, rows // n, n, bias)
 
 
 @op("packed_quantized_embedding", tolerance=Tolerance(1e-6, 1e-6), foldable=False)

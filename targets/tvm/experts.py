@@ -21,13 +21,15 @@ from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scr
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.matmul import PANEL, TILE, Blocks, is_wide
 from inferloom.targets.tvm.rows import storage
+from inferloom.targets.tvm.unpacked import Unpacked
 
 Expr = Any
 
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
     """The PrimFunc of an "experts" kernel, its grid, and its arguments as operand-then-result numbers."""
-    made = _Experts(source, isa)
+    quantized = expert_linear_of(source)[1].op == "packed_quantized_expert_linear"
+    made = _Quantized(source, isa) if quantized else _Experts(source, isa)
     fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
     return fn, Grid(-1, 1, made.tiles), tuple(a for a, _ in made.signature)
 
@@ -110,6 +112,45 @@ class _Experts(Blocks):
             with T.Else():
                 with T.serial(0, self.n - base) as c:
                     put(c, 1)
+
+
+class _Quantized(Unpacked, _Experts):
+    """Weights of few bits by float32 activations, as weight_only.py multiplies them."""
+
+    def __init__(self, source: KernelSource, isa: CpuIsa) -> None:
+        body, node = expert_linear_of(source)
+        x, packed, scales, offsets, choice, *bias = node.operands
+        if not is_wide(_value(x)):
+            raise UnsupportedError(f"{node.loc}: the CPU target multiplies quantised experts by float32 activations, not by "
+                                   f"{_type(x)}; cast them")
+        self.isa, self.n = isa, int(str(node.attrs["n"]))
+        tiles, self.steps, *_ = (int(str(d)) for d in _type(packed).shape)
+        self.experts, self.tiles = tiles * TILE // self.n, self.n // TILE
+        self.choices = int(str(_type(choice).shape[1]))
+        (self.output,) = body.outputs
+        used = [v for v in (x, packed, choice, *bias) if v is not None]
+        self.bias, self.x, self.packed, self.scales = len(used) > 3, 0, 1, len(used)
+        self.offsets = None if offsets is None else len(used) + 1
+        self.stored(node, tiles * TILE)
+        self.inner = self.k if _type(x).shape[1] != 1 else 0
+        places = [body.inputs.index(v) for v in (*used, scales, offsets) if v is not None]
+        self.ldx, self.ldc = source.layouts[places[0]].ld, source.layouts[places[2]].ld
+        self.ldo = source.layouts[len(body.inputs)].ld
+        self.signature = [(i, "int32" if i == places[1] else storage(body.inputs[i])) for i in places]
+        self.signature.append((len(body.inputs), storage(self.output)))
+
+    def _flush(self, views: list[Expr], panel: Expr, rows: Expr, here: Expr, e: Expr, tile: Expr) -> None:
+        at = bind(e * self.tiles + tile)
+        self.multiply(views, panel, bind(wide(at) * (self.steps * TILE)), at,
+                      lambda row, count: self._places(rows, row, count), here)
+        if not self.whole:
+            with T.serial(0, TILE // LANES) as v:
+                scale = bind(views[self.scales][T.ramp(at * TILE + v * LANES, 1, LANES)])
+                with T.serial(0, here) as r:
+                    place = T.ramp(r * TILE + v * LANES, 1, LANES)
+                    T.buffer_store(panel, panel[place] * scale, [place])
+        with T.serial(0, here) as r:
+            self._store(views, panel, bind(rows[r]), r, e, tile)
 
 
 def _value(value: Value | None) -> Value:

@@ -1,12 +1,4 @@
-"""Matmul by weights of few bits and float32 activations: matmul.py's schedule over weights that are unpacked to float32.
-
-Few rows unpack weights in registers and multiply them there. More rows work on a slice of k that is unpacked to the stack
-once and stays in cache for all of them. Either way an output element is summed over k in order, in one accumulator lane,
-from the same unpacked numbers, so a row's bits do not depend on its batch.
-
-Integers with one scale a row are multiplied as they are, and their sum by the scale. All others are brought to the weight
-that they stand for first.
-"""
+"""Matmul by weights of few bits and float32 activations: matmul.py's schedule over weights that are unpacked to float32."""
 
 from __future__ import annotations
 
@@ -17,18 +9,13 @@ from tvm.tirx.script import builder as T
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
 from inferloom.targets.base import Grid, KernelSource, matmul_of
-from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import LANES, bind, f32, kernel, lane_of, number, scratch, splat, store, wide
+from inferloom.targets.tvm.emit import bind, kernel, lane_of, scratch, wide
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.matmul import PANEL, TILE, Column, Matmul, is_wide
 from inferloom.targets.tvm.rows import row_dim, storage
+from inferloom.targets.tvm.unpacked import Unpacked
 
 Expr = Any
-#: Steps of k that are unpacked to the stack together: 32 KiB. Groups divide it.
-SLICE = 128
-#: How many words of a column are prefetched ahead of the one that few rows multiply.
-AHEAD = 16
-SHIFT = {"int8": 128, "int4": 8}
 
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
@@ -41,198 +28,35 @@ def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str
     return fn, Grid(-1, 1, made.tiles), tuple(a for a, _ in made.signature)
 
 
-class _WeightOnly(Matmul):
-    pair, wide = 1, True
-
+class _WeightOnly(Unpacked, Matmul):
     def __init__(self, body: Graph, source: KernelSource, isa: CpuIsa) -> None:
         self.body, self.layouts, self.isa, self.node = body, source.layouts, isa, matmul_of(source)
         x, _, _, packed, scales, offsets, bias = (*self.node.operands, None, None)[:7]
-        self.n, self.k, self.group = (int(str(self.node.attrs[name])) for name in ("n", "k", "group"))
-        self.format = str(self.node.attrs["format"])
         if not is_wide(_value(x)):
-            raise UnsupportedError(f"{self.node.loc}: the CPU target multiplies weights of {self.format} by float32 "
-                                   f"activations, not by {_value(x).type}; cast them")
+            raise UnsupportedError(f"{self.node.loc}: the CPU target multiplies quantised weights by float32 activations, not by "
+                                   f"{_value(x).type}; cast them")
         self.x, self.packed, self.scales = (body.inputs.index(_value(v)) for v in (x, packed, scales))
         self.offsets = None if offsets is None else body.inputs.index(offsets)
-        self.added = bias
-        self.whole = self.group > 0 or offsets is not None  # weights are brought to what they stand for
+        self.added, self.n = bias, int(str(self.node.attrs["n"]))
+        self.stored(self.node, self.n)
         self.tiles, self.steps, *_ = (int(str(d)) for d in _value(packed).type.shape)  # type: ignore[union-attr]
-        self.per_word = 8 if self.format == "int4" else 4
         self.dim = row_dim([v.type for v in body.outputs])
         self.signature: list[tuple[int | str, str]] = [
             (i, "int32" if i == self.packed else storage(v)) for i, v in enumerate(body.inputs)]
         self.signature += [(len(body.inputs) + i, storage(v)) for i, v in enumerate(body.outputs)]
         self.ldx = self.layouts[self.x].ld
 
-    @property
-    def few(self) -> int:
-        """Rows that are multiplied by weights in registers: unpacking takes two vectors of them, or four registers."""
-        return max(1, self.isa.rows - 2)
-
     def emit(self, views: list[Expr], dims: Expr, tile: Expr) -> None:
         rows = bind(dims[self.dim])
-        panel, unpacked = scratch(PANEL * TILE), scratch(SLICE * TILE)
+        panel = scratch(PANEL * TILE)
         weights = bind(wide(tile) * (self.steps * TILE))
         with T.serial(0, (rows + (PANEL - 1)) // PANEL) as p:
             first = bind(p * PANEL)
             here = bind(T.min(T.int32(PANEL), rows - first))
-            for count in range(1, self.few + 1):
-                with T.If(T.EQ(here, count)):
-                    with T.Then():
-                        self._in_registers(views, panel, weights, tile, first, count)
-            with T.If(here > self.few):
-                with T.Then():
-                    self._in_slices(views, panel, unpacked, weights, tile, first, here)
+            self.multiply(views, panel, weights, tile, lambda row, count: [
+                bind((first + row + m) * self.ldx) for m in range(count)], here)
             with T.serial(0, here) as r:
                 self._epilogue(views, panel, tile, r, bind(first + r))
-
-    # -- many rows
-
-    def _in_slices(self, views: list[Expr], panel: Expr, unpacked: Expr, weights: Expr, tile: Expr, first: Expr,
-                   here: Expr) -> None:
-        with T.serial(0, here * (TILE // LANES)) as i:
-            store(panel, number(0.0, LANES), i * LANES, LANES)
-
-        def multiply(begin: Expr, steps: int) -> None:
-            def place(row: Expr, count: int) -> list[Expr]:
-                start = bind((first + row) * self.ldx + begin)
-                return [start + m * self.ldx for m in range(count)]
-
-            self._unpack(views, unpacked, weights, tile, begin, steps)
-            self._blocks(views[self.x], unpacked, panel, T.int32(0), place, here, T.int32(0), T.int32(steps))
-
-        with T.serial(0, self.k // SLICE) as s:
-            multiply(bind(s * SLICE), SLICE)
-        if self.k % SLICE:
-            multiply(T.int32(self.k // SLICE * SLICE), self.k % SLICE)
-
-    def _unpack(self, views: list[Expr], unpacked: Expr, weights: Expr, tile: Expr, begin: Expr, steps: int) -> None:
-        """The tile's weights for `steps` steps from `begin` on, as float32 [steps, TILE]."""
-        run = self.group or max(self.per_word, steps // self.per_word * self.per_word)
-
-        def words(start: Expr, count: int) -> None:
-            with T.serial(0, TILE // LANES) as v:
-                column = bind(v * LANES)
-                about = self._about(views, tile, bind((begin + start) // self.group) if self.group else T.int32(0), column)
-
-                def word(i: Expr, size: int) -> None:
-                    at = bind(weights + wide((bind((begin + start) // self.per_word) + i) * TILE + column))
-                    raw = bind(views[self.packed][T.ramp(at, 1, LANES)])
-                    for j, w in enumerate(self._numbers(raw, about, size)):
-                        store(unpacked, w, (start + i * self.per_word + j) * TILE + column, LANES)
-
-                with T.serial(0, count // self.per_word) as i:
-                    word(i, self.per_word)
-                if count % self.per_word:
-                    word(T.int32(count // self.per_word), count % self.per_word)
-
-        if self.group:
-            with T.serial(0, steps // run) as g:
-                words(bind(g * run), run)
-        else:
-            words(T.int32(0), steps)
-
-    # -- few rows
-
-    def _in_registers(self, views: list[Expr], panel: Expr, weights: Expr, tile: Expr, first: Expr, count: int) -> None:
-        """All of k for `count` rows, whose sums stay in registers."""
-        width = 1
-        while width < TILE // LANES and 2 * width * count <= self.few * self.isa.vectors:
-            width *= 2
-        acc = scratch(count * width * LANES)
-        x, w = views[self.x], views[self.packed]
-        rows = [bind((first + m) * self.ldx) for m in range(count)]
-
-        def cell(m: int, v: int) -> Expr:
-            return T.ramp((m * width + v) * LANES, 1, LANES)
-
-        with T.serial(0, TILE // LANES // width) as part:
-            column = bind(part * (width * LANES))
-            for m in range(count):
-                for v in range(width):
-                    T.buffer_store(acc, number(0.0, LANES), [cell(m, v)])
-
-            def words(group: Expr, begin: Expr, steps: int) -> None:
-                about = [self._about(views, tile, group, bind(column + v * LANES)) for v in range(width)]
-
-                def word(i: Expr, size: int) -> None:
-                    at = bind(weights + wide(i * TILE + column))
-                    for v in range(width):
-                        ahead = w[at + (AHEAD * TILE + v * LANES)]
-                        T.evaluate(T.call_extern("void", "inferloom_prefetch", T.address_of(ahead)))
-                    raws = [bind(w[T.ramp(at + v * LANES, 1, LANES)]) for v in range(width)]
-                    made = [self._numbers(raw, about[v], size) for v, raw in enumerate(raws)]
-                    for j in range(size):
-                        for m in range(count):
-                            xv = bind(splat(x[rows[m] + i * self.per_word + j], LANES))
-                            for v in range(width):
-                                T.buffer_store(acc, vmath.fma(xv, made[v][j], acc[cell(m, v)], LANES), [cell(m, v)])
-
-                with T.serial(0, steps // self.per_word) as i:
-                    word(bind(begin + i), self.per_word)
-                if steps % self.per_word:
-                    word(bind(begin + steps // self.per_word), steps % self.per_word)
-
-            if self.group:
-                with T.serial(0, self.k // self.group) as g:
-                    words(g, bind(g * (self.group // self.per_word)), self.group)
-            else:
-                words(T.int32(0), T.int32(0), self.k)
-            for m in range(count):
-                for v in range(width):
-                    T.buffer_store(panel, acc[cell(m, v)], [T.ramp(m * TILE + column + v * LANES, 1, LANES)])
-
-    # -- numbers
-
-    def _about(self, views: list[Expr], tile: Expr, group: Expr, column: Expr) -> tuple[Expr, ...]:
-        """Scale and start of 16 columns of the tile, `weight = number * scale + start`; nothing where the epilogue scales."""
-        if not self.whole:
-            return ()
-        scale, offset = (None if i is None else self._column(views[i], tile, group, column) for i in (self.scales, self.offsets))
-        shift = SHIFT.get(self.format, 0)
-        if not shift:
-            return (scale,)
-        down = scale * number(-float(shift), LANES)
-        return scale, bind(down if offset is None else down + offset)
-
-    def _column(self, view: Expr, tile: Expr, group: Expr, column: Expr) -> Expr:
-        if self.group:
-            place = bind(wide(tile) * (self.k // self.group * TILE) + wide(group * TILE + column))
-            return bind(T.cast(view[T.ramp(place, 1, LANES)], f32(LANES)))
-        # Scales of rows are as many as the weight has, which the last tile may exceed.
-        last = splat(T.int32(self.n - 1), LANES)
-        at = bind(T.min(T.ramp(tile * TILE + column, 1, LANES), last))
-        return bind(view[at])
-
-    def _numbers(self, raw: Expr, about: tuple[Expr, ...], count: int) -> list[Expr]:
-        """The first `count` weights of the words of 16 columns."""
-        def word(value: int) -> Expr:
-            return splat(T.int32(value), LANES)
-
-        made = []
-        if self.format == "fp8" or not self.whole:
-            # Signed: each value is brought to the top, and its sign comes down with it.
-            if self.format == "int8":
-                raw = bind(T.bitwise_xor(raw, word(-0x7F7F7F80)))
-            elif self.format == "int4":
-                raw = bind(T.bitwise_xor(raw, word(-0x77777778)))
-            for j in range(count):
-                up = 24 - 8 * (j % 4) + (4 - 4 * (j // 4) if self.format == "int4" else 0)
-                top = T.shift_left(raw, word(up)) if up else raw
-                if self.format == "fp8":
-                    # Sign, and 4 bits of exponent above 3 of mantissa, where a float32 has its own; smaller by 2^120.
-                    bits = T.bitwise_and(T.shift_right(top, word(4)), word(-0x78100000))
-                    value = bind(T.reinterpret(f32(LANES), bits) * number(2.0**120, LANES))
-                    made.append(bind(value * about[0]) if about else value)
-                else:
-                    made.append(bind(T.cast(T.shift_right(top, word(24 if self.format == "int8" else 28)), f32(LANES))))
-            return made
-        mask = 15 if self.format == "int4" else 255
-        for j in range(count):
-            down = 8 * (j % 4) + 4 * (j // 4)
-            bits = T.bitwise_and(T.shift_right(raw, word(down)) if down else raw, word(mask))
-            made.append(bind(vmath.fma(T.cast(bits, f32(LANES)), *about, LANES)))
-        return made
 
     def _sums(self, panel: Expr, env: dict[Value, Column], r: Expr) -> Column:
         bias = env[self.added] if self.added is not None else None

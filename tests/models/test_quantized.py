@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import inferloom
+from inferloom.benchmarks.cost import step_cost
 from inferloom.cache import CompileOptions, compile_cached
 from inferloom.compiler.build import BuildOptions
 from inferloom.compiler.quantization.recipe import recipe
@@ -17,6 +19,7 @@ from inferloom.errors import UnsupportedError
 from inferloom.runtime.llm import LLM
 from inferloom.targets.chips import find
 from inferloom.targets.select import target_for
+from tests import zoo
 from tests.compiler.test_build import contents
 from tests.conftest import DEMO
 from tests.test_cli import inferloom as run
@@ -53,6 +56,24 @@ def test_weights_alone(name: str, exact: tuple[list[int], np.ndarray]) -> None:
         got = llm.logits(ids)
         assert np.sqrt(np.mean((got - want) ** 2)) <= ALONE[name] * want.std()
         assert llm.manifest.numerics["quantized_weights"][name] >= 28
+
+
+@pytest.mark.slow
+def test_experts(tmp_path: Path) -> None:
+    """A mixture of experts: near its own fp32, and a step reads the bytes of the experts that are chosen."""
+    zoo.build("qwen3_moe").save_pretrained(tmp_path / "model")
+    limits: dict[str, Any] = {"max_tokens": 64, "max_seqs": 4}
+    exact = inferloom.compile(tmp_path / "model", dtype="fp32", out=tmp_path / "fp32", **limits)
+    made = inferloom.compile(tmp_path / "model", quant="int8", out=tmp_path / "int8", **limits)
+    logits, ids = [], [int(i) for i in np.random.default_rng(0).integers(3, 200, 50)]
+    for path in (exact, made):
+        with LLM(path, memory_bytes=64 * 2**20) as llm:
+            logits.append(llm.logits(ids))
+            counts = llm.manifest.numerics.get("quantized_weights", {})
+    assert counts["int8-wo"] >= 4  # gate and up of two layers, down of two
+    assert np.sqrt(np.mean((logits[1] - logits[0]) ** 2)) <= 0.1 * logits[0].std()
+    reads = [[size for size, *_ in step_cost(path).experts] for path in (exact, made)]
+    assert all(0.25 < few / many < 0.3 for many, few in zip(*reads, strict=True))
 
 
 def test_weights_take_the_bytes_that_the_names_promise(demo_bf16: Path, demo_int8: Path, demo_int4: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from inferloom.compiler.passes import merge_linear, quantize
+from inferloom.compiler.passes import merge_linear, pack_weights, quantize
+from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.quantization.recipe import Recipe, recipe
 from inferloom.compiler.quantization.rows import StoredWeights
 from inferloom.compiler.quantization.scheme import Scheme, parse
@@ -13,6 +14,7 @@ from inferloom.compiler.quantization.tensor import QuantizedTensor
 from inferloom.compiler.quantization.tensor import quantize as rounded
 from inferloom.compiler.report import Report
 from inferloom.compiler.weights import ConstantFolder
+from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Builder, Graph, Node
 from inferloom.ir.text import parse_graph, print_graph
 from inferloom.ir.types import DType, Sym, TensorType
@@ -94,11 +96,31 @@ def test_routers_stay() -> None:
     assert why(b.finish([best]), "int8") == ["it chooses experts"]
 
 
-def test_experts_are_reported() -> None:
+def expert_layer(n: int, transposed: bool = False, heads: bool = False) -> Graph:
     b = Builder("experts")
-    x, choice = b.input("x", TensorType(DType.F32, (TOKENS, 1, 64))), b.input("c", TensorType(DType.I32, (TOKENS, 2)))
-    y = b.emit("expert_linear", x, b.param("w", TensorType(DType.F32, (4, 32, 64))), choice, loc="m.py:2")
-    assert why(b.finish([y]), "int8") == ["experts have no quantised kernels yet"]
+    x = b.input("x", TensorType(DType.F32, (TOKENS, 1, 64)))
+    scores = b.input("scores", TensorType(DType.F32, (TOKENS, 4)))
+    choice = b.input("c", TensorType(DType.I32, (TOKENS, 2))) if heads else b.emit_node("topk", (scores,), {"k": 2}).results[1]
+    weight = b.param("w", TensorType(DType.F32, (4, 64, n) if transposed else (4, n, 64)))
+    return b.finish([b.emit("expert_linear", x, weight, choice, transposed=transposed, loc="m.py:2")])
+
+
+def test_experts_are_multiplied_by_floats() -> None:
+    for transposed in (False, True):
+        graph, report = quantized(expert_layer(128, transposed), recipe("int4"))
+        (node,) = nodes(graph, "quantized_expert_linear")
+        assert node.attrs == {"n": 128, "format": "int4", "group": 32} and not nodes(graph, "quantize_rows")
+        assert node.operands[1].type.shape == (512, 64)  # type: ignore[union-attr]
+        assert [d.what for d in report.decisions] == ["4 experts [128, 64] to int4-wo"]
+        packed = pack_weights.run(graph, Report(), packing=Packing(64, 32, {}))
+        assert nodes(packed, "packed_quantized_expert_linear")[0].attrs["k"] == 64
+        with pytest.raises(UnsupportedError, match="m.py:2: experts of 128 columns do not fill tiles of 96"):
+            pack_weights.run(graph, Report(), packing=Packing(96, 32, {}))
+
+
+def test_experts_that_stay() -> None:
+    assert why(expert_layer(96), "int8") == ["96 rows are no multiple of 64"]
+    assert why(expert_layer(64, heads=True), "int8") == ["no router chooses them: they are heads of latent attention"]
 
 
 def test_a_computed_weight_stays() -> None:
