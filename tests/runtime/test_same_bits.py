@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from inferloom.cache import CompileOptions, compile_cached
 from inferloom.runtime.device.base import StepBatch, check_batch
 from inferloom.runtime.draft_model import DraftModel
 from inferloom.runtime.engine import Engine
@@ -18,8 +19,11 @@ from inferloom.runtime.llm import LLM
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.scheduler import Limits, Work
 from inferloom.runtime.speculative import NgramProposer, Proposer, SpeculativeConfig
+from tests.conftest import DEMO
 
 TRACES = 100
+#: Schemes by their names for `quant`.
+WEIGHTS_ALONE = ("int8-wo", "int4-wo", "fp8")
 
 
 class Recording(Engine):
@@ -48,10 +52,12 @@ class Fewer:
         return getattr(self._device, name)
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4", "int8_kv"])
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4", "int8_kv", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in WEIGHTS_ALONE)])
 def models(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, LLM]]:
     """The demo model, and the same in another precision to draft for it."""
-    paths = [request.getfixturevalue(f"demo_{name}") for name in (request.param, "fp32" if request.param == "bf16" else "bf16")]
+    paths = [compile_cached(DEMO, CompileOptions(quant=name)) if name in WEIGHTS_ALONE else request.getfixturevalue(f"demo_{name}")
+             for name in (request.param, "fp32" if request.param == "bf16" else "bf16")]
     with LLM(paths[0], memory_bytes=600 * 2**20) as llm, LLM(paths[1], memory_bytes=600 * 2**20, threads=1) as draft:
         yield llm, draft
 
