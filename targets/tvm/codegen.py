@@ -83,7 +83,7 @@ class CpuTarget:
                 fn, grid, args = blocks.lower(source)
             elif kind == "experts":
                 fn, grid, args = experts.lower(source, isa)
-                facts = matmul_counts(expert_linear_of(source)[1], bool(isa.bf16_dot)) | expert_counts(source)
+                facts = {**matmul_counts(expert_linear_of(source)[1], bool(isa.bf16_dot)), **expert_counts(source)}
             elif kind == "attention":
                 fn, grid, args = attention.lower(source, isa)
             else:

@@ -202,5 +202,5 @@ class Unpacked(Blocks):
         for j in range(count):
             down = 8 * (j % 4) + 4 * (j // 4)
             bits = T.bitwise_and(T.shift_right(raw, word(down)) if down else raw, word(mask))
-            made.append(bind(vmath.fma(T.cast(bits, f32(LANES)), *about, LANES)))
+            made.append(bind(vmath.fma(T.cast(bits, f32(LANES)), about[0], about[1], LANES)))
         return made

@@ -56,8 +56,9 @@ class Fewer:
     pytest.param(name, marks=pytest.mark.slow) for name in WEIGHTS_ALONE)])
 def models(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, LLM]]:
     """The demo model, and the same in another precision to draft for it."""
-    paths = [compile_cached(DEMO, CompileOptions(quant=name)) if name in WEIGHTS_ALONE else request.getfixturevalue(f"demo_{name}")
-             for name in (request.param, "fp32" if request.param == "bf16" else "bf16")]
+    names = (request.param, "fp32" if request.param == "bf16" else "bf16")
+    paths = [compile_cached(DEMO, CompileOptions(quant=name)) if name in WEIGHTS_ALONE
+             else request.getfixturevalue(f"demo_{name}") for name in names]
     with LLM(paths[0], memory_bytes=600 * 2**20) as llm, LLM(paths[1], memory_bytes=600 * 2**20, threads=1) as draft:
         yield llm, draft
 
