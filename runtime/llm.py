@@ -27,8 +27,10 @@ from inferloom.runtime.scheduler import Limits
 from inferloom.runtime.speculative import NgramProposer, Proposer, SpeculativeConfig, check_speculation
 from inferloom.runtime.state import Group, Held, Tables
 from inferloom.runtime.tiers.disk import DiskStore
+from inferloom.runtime.tiers.policy import Costs
 from inferloom.runtime.tiers.ram import RamStore
 from inferloom.runtime.tiers.tiers import Tiers
+from inferloom.runtime.tiers.writer import DiskWriter
 
 Prompt = str | Sequence[int]
 DEFAULT_STATE_BYTES = 4 * 2**30
@@ -77,8 +79,10 @@ class LLM:
                 self.device = GpuDevice(self.artifact, memory_bytes=budget, ordinal=gpu)
             self._opened.append(self.device)
             salt = m.files[m.weights.file].blake3.encode()
-            tiers = Tiers(m.state.bytes_per_block, RamStore(ram_bytes) if ram_bytes else None, None if state_dir is None
-                          else DiskStore(state_dir, self.artifact.identity, m.state.bytes_per_block, disk_bytes, _PATIENCE))
+            page, costs = m.state.bytes_per_block, Costs.unknown()
+            disk = None if state_dir is None else DiskStore(state_dir, self.artifact.identity, page, disk_bytes, _PATIENCE)
+            tiers = Tiers(page, RamStore(ram_bytes) if ram_bytes else None, disk, costs,
+                          None if disk is None else DiskWriter(disk, costs.disk))
             self._opened.append(tiers)
         except BaseException:
             self.close()

@@ -123,6 +123,8 @@ class Sessions:
     def close(self, name: str) -> bool:
         """The session is over: no lease, no saved copy. Whether there was one."""
         self.leases.drop(name)
+        if self.tiers.writer is not None:
+            self.tiers.writer.cancel(name)
         if self.tiers.disk is not None:
             self.tiers.disk.forget_session(name)
         gone = self._sessions.pop(name, None)
@@ -184,15 +186,20 @@ class Sessions:
         saved = [key for key in needed if key in pages or key in disk]
         if not saved:
             return Outcome("rejected", "none of it is there any more", place="disk")
+        made = SavedSession(name, session.root, tuple(session.tokens), tuple(saved), self._wall() + seconds)
+        why = "" if len(saved) == len(needed) else "some of it was gone already"
+        if self.tiers.writer is not None:
+            if not self.tiers.writer.put(pages, made):
+                return Outcome("rejected", "too much waits to be written already", place="disk")
+            self.leases.drop(name)
+            return Outcome("deferred", why, len(saved), "disk", seconds)
         try:
-            disk.save(pages, SavedSession(name, session.root, tuple(session.tokens), tuple(saved), self._wall() + seconds))
+            disk.save(pages, made)
         except RequestError as error:
             return Outcome("rejected", str(error), place="disk")
         self.tiers.costs.disk.add(disk.used - before, time.perf_counter() - start)
         self.leases.drop(name)
-        whole = len(saved) == len(needed)
-        return Outcome("accepted" if whole else "clipped", "" if whole else "some of it was gone already", len(saved), "disk",
-                       seconds)
+        return Outcome("clipped" if why else "accepted", why, len(saved), "disk", seconds)
 
     def _pages(self, needed: Sequence[Key]) -> dict[Key, Pages]:
         """What there is of it in the pool and in the tiers."""

@@ -12,13 +12,15 @@ everything under its key is forgotten.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
 import sqlite3
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +60,14 @@ class DiskStore:
     """At most `capacity` bytes of pages of `page_bytes` each in folder `path`, for one process.
 
     `identity` names what the state belongs to; ArtifactError when the folder holds another's, or is still in use after
-    `patience` seconds.
+    `patience` seconds. One thread may save while another reads and forgets: files are written without keeping it waiting.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: str, page_bytes: int, capacity: int,
                  patience: float = 0.0) -> None:
         self.path, self.page_bytes, self.capacity = Path(path).absolute(), page_bytes, capacity
         self.refused = 0
+        self._saving, self._index = threading.Lock(), threading.RLock()  # the second guards all of the index
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self.path / "pages").mkdir(mode=0o700, exist_ok=True)
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -137,10 +140,11 @@ class DiskStore:
 
     def fetch(self, key: Key) -> Pages | None:
         """The pages under `key`, verified; None when they are not there or were refused."""
-        hashes = self._by_key.get(key)
-        if hashes is None:
-            return None
-        self._by_key.move_to_end(key)
+        with self._index:
+            hashes = self._by_key.get(key)
+            if hashes is None:
+                return None
+            self._by_key.move_to_end(key)
         pages = []
         for hash in hashes:
             try:
@@ -154,37 +158,52 @@ class DiskStore:
             pages.append(data)
         return tuple(pages)
 
-    def save(self, entries: Mapping[Key, Pages], session: SavedSession | None = None) -> None:
-        """Commit pages, and the session that needs them, together or not at all.
+    def save(self, entries: Mapping[Key, Pages], session: SavedSession | None = None,
+             wanted: Callable[[], bool] = lambda: True) -> bool:
+        """Commit pages, and the session that needs them, together or not at all; False when, once they are written, they
+        are not `wanted` any more.
 
         RequestError, which names what failed, when they find no room; saved sessions are untouched then.
         """
-        fresh = {key: pages for key, pages in entries.items() if key not in self._by_key}
-        hashes = {key: tuple(blake3(page).hexdigest() for page in pages) for key, pages in fresh.items()}
-        data = {h: page for key, pages in fresh.items() for h, page in zip(hashes[key], pages, strict=True)
-                if h not in self._users}
-        if any(len(page) != self.page_bytes for page in data.values()):
-            raise RequestError(f"a page of state has {self.page_bytes} bytes")
-        self._make_room(len(data) * self.page_bytes, keep={*entries, *(session.needs if session else ())})
+        with self._saving:
+            return self._save(entries, session, wanted)
+
+    def _save(self, entries: Mapping[Key, Pages], session: SavedSession | None, wanted: Callable[[], bool]) -> bool:
+        hashes = {key: tuple(blake3(page).hexdigest() for page in pages) for key, pages in entries.items()
+                  if key not in self._by_key}
+        with self._index:
+            data = {h: page for key, names in hashes.items() for h, page in zip(names, entries[key], strict=True)
+                    if h not in self._users}
+            if any(len(page) != self.page_bytes for page in data.values()):
+                raise RequestError(f"a page of state has {self.page_bytes} bytes")
+            self._make_room(len(data) * self.page_bytes, keep={*entries, *(session.needs if session else ())})
         written: list[Path] = []
         try:
             self._write(data, written)
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")
-                self._db.executemany("INSERT INTO pages VALUES (?, ?, ?, ?)", (
-                    (*key, part, h) for key, names in hashes.items() for part, h in enumerate(names)))
+            with self._index:
+                if not wanted():
+                    _remove(written)
+                    return False
+                # Meanwhile a damaged page may have been forgotten, and with it what was equal to a page of these.
+                hashes = {key: names for key, names in hashes.items() if all(h in data or h in self._users for h in names)}
+                for h in data.keys() - {h for names in hashes.values() for h in names}:
+                    self._file(h).unlink(missing_ok=True)
+                with self._db:
+                    self._db.execute("BEGIN IMMEDIATE")
+                    self._db.executemany("REPLACE INTO pages VALUES (?, ?, ?, ?)", (
+                        (*key, part, h) for key, names in hashes.items() for part, h in enumerate(names)))
+                    if session is not None:
+                        self._insert(session)
+                for key, names in hashes.items():
+                    self._by_key[key] = names
+                    for h in names:
+                        self._users[h] = self._users.get(h, 0) + 1
                 if session is not None:
-                    self._insert(session)
+                    self._sessions[session.name] = session
         except (OSError, sqlite3.Error) as error:
-            for file in written:
-                file.unlink(missing_ok=True)
+            _remove(written)
             raise RequestError(f"state could not be saved in {self.path}: {error}") from error
-        for key, names in hashes.items():
-            self._by_key[key] = names
-            for h in names:
-                self._users[h] = self._users.get(h, 0) + 1
-        if session is not None:
-            self._sessions[session.name] = session
+        return True
 
     def _insert(self, session: SavedSession) -> None:
         self._db.execute("DELETE FROM needs WHERE name = ?", (session.name,))
@@ -220,15 +239,18 @@ class DiskStore:
 
     def forget_session(self, name: str) -> None:
         """The session is over; its pages stay until room is needed."""
-        if self._sessions.pop(name, None) is not None:
-            with self._db:
+        with self._index:
+            if self._sessions.pop(name, None) is None:
+                return
+            with contextlib.suppress(sqlite3.Error), self._db:  # on a full disk; it expires after a restart then
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.execute("DELETE FROM sessions WHERE name = ?", (name,))
                 self._db.execute("DELETE FROM needs WHERE name = ?", (name,))
 
     def expire(self, now: float) -> list[str]:
         """Forget the sessions that `expires` before `now` (seconds since 1970); their names."""
-        gone = [s.name for s in self._sessions.values() if s.expires <= now]
+        with self._index:
+            gone = [s.name for s in self._sessions.values() if s.expires <= now]
         for name in gone:
             self.forget_session(name)
         return gone
@@ -251,9 +273,13 @@ class DiskStore:
         self._forget(going)
 
     def _forget(self, keys: list[Key]) -> None:
-        if not keys:
-            return
-        with self._db:
+        with self._index:
+            keys = [key for key in keys if key in self._by_key]
+            if keys:
+                self._forget_now(keys)
+
+    def _forget_now(self, keys: list[Key]) -> None:
+        with contextlib.suppress(sqlite3.Error), self._db:  # on a full disk; a page without its file is refused later
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("DELETE FROM pages WHERE grp = ? AND key = ?", keys)
         for key in keys:
@@ -283,6 +309,11 @@ class DiskStore:
         files = {file.name for file in (self.path / "pages").glob("*/*")}
         if files != set(self._users):
             raise ValueError(f"{len(files)} files are there for {len(self._users)} pages")
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _locked(file: int) -> bool:

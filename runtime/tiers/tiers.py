@@ -10,18 +10,20 @@ from inferloom.runtime.tiers.disk import DiskStore
 from inferloom.runtime.tiers.policy import Costs
 from inferloom.runtime.tiers.ram import RamStore
 from inferloom.runtime.tiers.store import Pages, size
+from inferloom.runtime.tiers.writer import DiskWriter
 
 
 class Tiers:
     """What leaves the pool goes to memory, and what leaves memory is dropped, unless it is on disk.
 
     Only sessions that are saved are written to disk: writing all that is ever evicted would wear it out for prefixes
-    that nobody asks for again. `page_bytes`: bytes of a block.
+    that nobody asks for again. `page_bytes`: bytes of a block. With a `writer`, saving is its business.
     """
 
     def __init__(self, page_bytes: int = 0, ram: RamStore | None = None, disk: DiskStore | None = None,
-                 costs: Costs | None = None) -> None:
+                 costs: Costs | None = None, writer: DiskWriter | None = None) -> None:
         self.page_bytes, self.ram, self.disk, self.costs = page_bytes, ram, disk, costs or Costs.unknown()
+        self.writer = writer
         self.fetched_ram = self.fetched_disk = 0
 
     @property
@@ -71,5 +73,7 @@ class Tiers:
         return counts
 
     def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
         if self.disk is not None:
             self.disk.close()

@@ -24,6 +24,7 @@ from inferloom.runtime.tiers.disk import DiskStore
 from inferloom.runtime.tiers.policy import Costs, Rate
 from inferloom.runtime.tiers.ram import RamStore
 from inferloom.runtime.tiers.tiers import Tiers
+from inferloom.runtime.tiers.writer import DiskWriter
 
 VOCAB, SIZE, LENGTH = 16, 4, 48
 GROUPS: tuple[tuple[Group, ...], ...] = (
@@ -146,6 +147,7 @@ class World:
     seqs: int
     ram: int
     disk: bool
+    writer: bool = False
 
 
 KINDS = ("add", "abort", "pause", "resume", "close", "wait", "restart")
@@ -156,7 +158,8 @@ def world(seed: int) -> World:
     r = random.Random(seed)
     groups, tokens = r.randrange(len(GROUPS)), r.randrange(1, 24)
     least = sum(g.most(LENGTH, tokens, SIZE) for g in GROUPS[groups])
-    return World(groups, least + r.randrange(40), tokens, r.randrange(1, 7), r.choice([0, 500, 5000]), r.random() < 0.5)
+    return World(groups, least + r.randrange(40), tokens, r.randrange(1, 7), r.choice([0, 500, 5000]), r.random() < 0.5,
+                 r.random() < 0.5)
 
 
 def events(seed: int, count: int) -> list[Event]:
@@ -181,7 +184,8 @@ class Life:
         disk = DiskStore(self.folder, "chain", self.device.page_bytes, 200 * self.device.page_bytes) if w.disk else None
         costs = Costs(Rate(1.0), Rate(1e9), Rate(1e9))
         self.engine = Engine(self.device, Limits(w.tokens, w.seqs, -(-LENGTH // SIZE), SIZE, LENGTH, groups), VOCAB, seed=0,
-                             tiers=Tiers(self.device.page_bytes, RamStore(w.ram) if w.ram else None, disk, costs),
+                             tiers=Tiers(self.device.page_bytes, RamStore(w.ram) if w.ram else None, disk, costs,
+                                         DiskWriter(disk, costs.disk) if w.writer and disk is not None else None),
                              clock=lambda: self.now)
         self._make_pool(self.engine)
         self.device.pool = self.engine.pool
@@ -204,7 +208,7 @@ class Life:
             self._end(self.engine.abort(sorted(self.open)[a % len(self.open)]))
         elif event.kind == "pause" and name in known:
             outcome = sessions.pause(name, 1.0 + b % 60, place=("auto", "keep", "ram", "disk", "discard")[c % 5])
-            assert outcome.status in ("accepted", "clipped", "rejected")
+            assert outcome.status in ("accepted", "clipped", "rejected", *(["deferred"] if self.world.writer else []))
         elif event.kind == "resume" and name in known:
             sessions.resume(name)
         elif event.kind == "close":
@@ -242,6 +246,8 @@ class Life:
         self.engine.check_integrity()
         if self.engine.tiers.ram is not None:
             self.engine.tiers.ram.check_integrity()
+        if self.engine.tiers.writer is not None:
+            self.engine.tiers.writer.flush()
         if self.engine.tiers.disk is not None:
             self.engine.tiers.disk.check_integrity()
 
