@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,10 @@ import httpx
 import openai
 import pytest
 
+from inferloom.runtime.server import engine as processes
+from inferloom.runtime.server import wire
+from inferloom.runtime.server.errors import HttpError
+from inferloom.runtime.server.settings import ModelSettings, Settings
 from tests.runtime.server.conftest import Server
 from tests.runtime.server.test_lifecycle import until
 
@@ -296,3 +301,31 @@ def test_sessions_outlive_a_sigkill(start: Callable[..., Server], tmp_path: Path
         fresh = turn(never, messages, cache_salt=name)
         assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert fresh["choices"] == nexts[name]["choices"]
+
+
+def test_an_engine_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks it for sessions is told so in time, and few may wait."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.05)
+    monkeypatch.setattr(processes, "MAX_ASKED", 2)
+    engine = processes.EngineProcess(ModelSettings("nowhere", ("m",)), Settings())
+    said = list[wire.ToEngine]()
+    monkeypatch.setattr(engine, "_say", said.append)
+
+    async def asked() -> list[Any]:
+        with pytest.raises(HttpError, match="is loading"):
+            await engine.ask("list", "me:")
+        engine._state, engine.ready = "ready", wire.Ready(1, 1, 1, 0.0)
+        late = await asyncio.gather(*(engine.ask("list", "me:") for _ in range(3)), return_exceptions=True)
+        waits = asyncio.create_task(engine.ask("info", "me:", "a"))
+        await asyncio.sleep(0)
+        engine._asked[said[-1].id].set_result(wire.Told(0, error="it broke"))  # type: ignore[union-attr]
+        broke = await asyncio.gather(waits, return_exceptions=True)
+        waits = asyncio.create_task(engine.ask("info", "me:", "a"))
+        await asyncio.sleep(0)
+        engine._fail_all("killed")
+        return [*late, *broke, *await asyncio.gather(waits, return_exceptions=True)]
+
+    errors = asyncio.run(asked())
+    assert [e.status for e in errors] == [503, 503, 429, 500, 503] and all(e.retry_after for e in errors if e.status != 500)
+    assert "may still be done" in errors[0].message and "it broke" in errors[3].message and "killed" in errors[4].message
+    assert not engine._asked and len(said) == 4
