@@ -34,6 +34,9 @@ class Leases:
         self.pool, self.most, self.longest = pool, most, longest
         self._held: dict[str, tuple[tuple[Key, ...], float]] = {}
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     @property
     def blocks(self) -> int:
         """Blocks under lease."""

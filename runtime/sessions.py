@@ -131,6 +131,9 @@ class Sessions:
         self._tokens -= 0 if gone is None else len(gone.tokens)
         return gone is not None
 
+    def __len__(self) -> int:
+        return len(self._sessions)
+
     def __contains__(self, name: str) -> bool:
         return name in self._sessions
 

@@ -17,7 +17,7 @@ from inferloom.runtime.server.ticket import Ticket
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 _OWN_ONLY = ("inferloom_http_requests", "inferloom_engine_up", "inferloom_engine_restarts", "inferloom_kv_blocks",
-             "inferloom_steps", "inferloom_tokens_computed", "inferloom_tier")
+             "inferloom_steps", "inferloom_tokens_computed", "inferloom_tier", "inferloom_session")
 
 
 class Metrics:
@@ -99,6 +99,9 @@ class _Engines:
         def beat(name: str) -> Callable[[EngineProcess], float | None]:
             return lambda e: None if e.beat is None else getattr(e.beat, name)
 
+        def count(name: str) -> Callable[[EngineProcess], float | None]:
+            return lambda e: None if e.beat is None else getattr(e.beat.counts, name)
+
         yield gauge("engine_up", "1 when the engine can answer.", lambda e: float(e.state == "ready"))
         yield counter("engine_restarts", "Times that the engine died and was started again.", lambda e: e.deaths)
         yield gauge("num_requests_running", "Sequences in the batch.", beat("running"))
@@ -112,6 +115,12 @@ class _Engines:
         yield counter("prefix_cache_hits", "Tokens of prompts that were found there.", beat("prefix_hits"))
         yield counter("num_preemptions", "Sequences that gave their blocks back and were computed again.",
                       beat("preemptions"))
+        yield gauge("sessions", "Sessions that are remembered.", count("sessions"))
+        yield gauge("session_leases", "Sessions whose state is held in the pool.", count("leases"))
+        yield gauge("session_leased_blocks", "Blocks of state that they hold.", count("leased_blocks"))
+        yield counter("session_save_failures", "Sessions that could not be written to disk.", count("failed_saves"))
+        yield counter("spec_decode_num_draft_tokens", "Tokens that were drafted.", count("drafted"))
+        yield counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right.", count("accepted"))
         yield counter("steps", "Steps.", beat("steps"))
         yield counter("tokens_computed", "Tokens that went through the model.", beat("tokens_computed"))
 
@@ -122,6 +131,8 @@ class _Engines:
         held = GaugeMetricFamily("inferloom_tier_bytes", "State below the pool.", labels=["model_name", "place"])
         most = GaugeMetricFamily("inferloom_tier_capacity_bytes", "State that fits below the pool; 0 without such a tier.",
                                  labels=["model_name", "place"])
+        fetched = CounterMetricFamily("inferloom_tier_fetches", "Pieces of cached state that came back into the pool.",
+                                      labels=["model_name", "place"])
         for engine in self._engines:
             if engine.beat is not None:
                 name = engine.model.names[0]
@@ -130,7 +141,9 @@ class _Engines:
                 for place, tier in zip(("ram", "disk"), engine.beat.tiers, strict=True):
                     held.add_metric([name, place], tier.bytes)
                     most.add_metric([name, place], tier.capacity)
-        yield from (owned, held, most)
+                for place, number in (("ram", engine.beat.counts.fetched_ram), ("disk", engine.beat.counts.fetched_disk)):
+                    fetched.add_metric([name, place], number)
+        yield from (owned, held, most, fetched)
 
 
 def _aliases(text: str) -> str:

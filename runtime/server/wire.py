@@ -153,6 +153,20 @@ class Tier(msgspec.Struct, frozen=True, array_like=True):
     capacity: int = 0
 
 
+class Counts(msgspec.Struct, frozen=True, array_like=True):
+    """Of sessions and drafts. `sessions`, `leases` and `leased_blocks` there are now. Since the start: keys fetched from memory
+    and from disk, saves that failed, tokens drafted, and of these accepted."""
+
+    sessions: int = 0
+    leases: int = 0
+    leased_blocks: int = 0
+    fetched_ram: int = 0
+    fetched_disk: int = 0
+    failed_saves: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
 class Beat(msgspec.Struct, tag="beat", frozen=True, array_like=True):
     """A sign of life. `stuck`: seconds since work was last done while there is some. Then counts since the start.
 
@@ -176,6 +190,7 @@ class Beat(msgspec.Struct, tag="beat", frozen=True, array_like=True):
     batch_sequences: int = 0
     batch_tokens: int = 0
     tiers: tuple[Tier, Tier] = (Tier(), Tier())
+    counts: Counts = Counts()
 
     def owners(self) -> dict[str, int]:
         """All blocks: `in_use` by sequences; free with content that is `leased`, or just `cached`; and `free` without."""

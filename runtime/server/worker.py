@@ -201,7 +201,8 @@ class Worker:
             self._send(wire.Beat(stuck, len(queues.running), len(queues.waiting), stats.blocks, stats.blocks_available,
                                  stats.steps, stats.tokens_computed, stats.tokens_generated, stats.preemptions,
                                  stats.prefix_queries, stats.prefix_hits, stats.prompt_tokens, stats.blocks_cached,
-                                 stats.blocks_kept, stats.batch_seqs, stats.batch_tokens, self._tiers()))
+                                 stats.blocks_kept, stats.batch_seqs, stats.batch_tokens, self._tiers(),
+                                 self._counts()))
             before = time.monotonic()
             time.sleep(seconds)
             self._moved += max(time.monotonic() - before - 2 * seconds, 0.0)  # the process was paused: that is no stall
@@ -210,6 +211,12 @@ class Worker:
         ram, disk = self._engine.tiers.ram, self._engine.tiers.disk
         return (wire.Tier() if ram is None else wire.Tier(ram.used, ram.capacity),
                 wire.Tier() if disk is None else wire.Tier(disk.used, disk.capacity))
+
+    def _counts(self) -> wire.Counts:
+        engine, tiers, stats = self._engine, self._engine.tiers, self._engine.stats()
+        return wire.Counts(0 if engine.sessions is None else len(engine.sessions), len(engine.leases), engine.leases.blocks,
+                           tiers.fetched_ram, tiers.fetched_disk, 0 if tiers.writer is None else tiers.writer.failed,
+                           stats.drafted, stats.accepted)
 
     # -- the socket
 

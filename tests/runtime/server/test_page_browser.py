@@ -178,7 +178,8 @@ def test_a_session_waits_and_goes_on(start: Callable[..., Server], tmp_path: Pat
     for place, said in (("keep", "leased for 300 s"), ("ram", ""), ("disk", "saved")):
         Select(row.find_element("css selector", ".place")).select_by_value(place)
         row.find_element("css selector", "[data-do=pause]").click()
-        page.until(lambda: f"accepted, {page.js(BLOCKS)} blocks, {place}" in page("#sessions-said").text)
+        page.until(lambda: f"{'deferred' if place == 'disk' else 'accepted'}, {page.js(BLOCKS)} blocks, {place}" in page(
+            "#sessions-said").text)
         page.until(lambda: said in row.text)
         if place == "keep":
             page.until(lambda: int(page(".legend .leased b").text) > 0)

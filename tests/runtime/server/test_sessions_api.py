@@ -19,7 +19,7 @@ from inferloom.runtime.server import wire
 from inferloom.runtime.server.errors import HttpError
 from inferloom.runtime.server.settings import ModelSettings, Settings
 from tests.runtime.server.conftest import Server
-from tests.runtime.server.test_lifecycle import until
+from tests.runtime.server.test_lifecycle import metric, until
 
 KEYS = "key-of-one-tenant", "key-of-another"
 SYSTEM = "You write Python. " + "Say what each function is for. " * 12
@@ -205,6 +205,19 @@ def test_anthropic_says_it_with_marks(claude: anthropic.Anthropic, ttl: str | No
     assert "inferloom" not in (plain.model_extra or {})
 
 
+def test_metrics_count_them(server: Server, clients: list[openai.OpenAI]) -> None:
+    def value(name: str) -> float:
+        lines = httpx.get(server.url + "/metrics", headers={"x-api-key": KEYS[0]}).text.splitlines()
+        (line,) = [line for line in lines if line.startswith(f"inferloom_{name}{{")]
+        return float(line.rpartition(" ")[2])
+
+    chat(clients[0], session_id="counted")
+    blocks = ask(server, "POST", "/counted/pause", json={"place": "keep"})["blocks"]
+    until(lambda: value("session_leases") >= 1 and value("session_leased_blocks") >= blocks > 0)
+    assert value("sessions") >= 1 and value("session_save_failures_total") == 0
+    assert value("spec_decode_num_draft_tokens_total") >= value("spec_decode_num_accepted_tokens_total") >= 0
+
+
 def test_hints_never_fail_a_request(clients: list[openai.OpenAI], claude: anthropic.Anthropic) -> None:
     want = clients[0].chat.completions.create(model="demo", messages=TURN, max_tokens=8, temperature=0).choices
     for body, status in (({"prompt_cache_key": "x" * 1000, "prompt_cache_retention": "24h"}, "deferred"),
@@ -295,6 +308,7 @@ def test_sessions_outlive_a_sigkill(start: Callable[..., Server], tmp_path: Path
     for name, messages in talks.items():
         nexts[name] = turn(second, messages, session_id=name)
         assert nexts[name]["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16 * (listed[name]["blocks"] - 1)
+    until(lambda: metric(second, "tier_fetches_total") >= 3)
     never = start()
     for name, messages in talks.items():
         # Another salt: nothing of what the others computed is read.
