@@ -103,7 +103,7 @@ class _Run:
         self._held: Outcome | None = None
         self._choices = [_Choice() for _ in range(len(prompts) * n)]
         self._of_prompt: list[list[list[Scored] | None] | None] = [None] * len(prompts)
-        self._cached = 0
+        self._cached = [0] * len(prompts)
         self._head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()),
                       "model": model.name}
 
@@ -150,7 +150,7 @@ class _Run:
         self._held = update.held or self._held
         if self._of_prompt[at] is None:
             self._of_prompt[at] = update.prompt_logprobs
-            self._cached += update.cached if update.samples else 0
+        self._cached[at] = max(self._cached[at], update.cached)
 
     def _take(self, at: int, sample: Sample) -> tuple[_Choice, str, dict[str, list[Any]] | None]:
         """Add what is new; its text and log-probabilities, with the prompt's in front if they are to be echoed."""
@@ -198,7 +198,7 @@ class _Run:
                 "stop_reason": choice.stop}
 
     def _usage(self) -> dict[str, Any]:
-        return usage(sum(map(len, self._prompts)), sum(c.tokens for c in self._choices), self._cached)
+        return usage(sum(map(len, self._prompts)), sum(c.tokens for c in self._choices), sum(self._cached))
 
 
 def _as_maps(steps: list[list[Scored] | None] | None, model: Model) -> list[Any] | None:

@@ -55,6 +55,20 @@ def test_streams_say_the_same(client: openai.OpenAI) -> None:
     assert usage is not None and whole.usage is not None and usage.completion_tokens == whole.usage.completion_tokens == 64
 
 
+def test_cached_tokens_are_counted_once(client: openai.OpenAI) -> None:
+    """However many pieces a stream has, and for each of several prompts."""
+    prompt = "import os\n" * 30
+    first = client.completions.create(model="demo", prompt=prompt, max_tokens=1).usage
+    assert first is not None
+    usages = [chunk.usage for chunk in client.completions.create(
+        model="demo", prompt=[prompt, prompt], max_tokens=24, stream=True, stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True})]
+    last = usages[-1]
+    assert last is not None and last.prompt_tokens_details is not None and last.prompt_tokens == 2 * first.prompt_tokens
+    whole = (first.prompt_tokens - 1) // 32 * 32
+    assert whole and last.prompt_tokens_details.cached_tokens == 2 * whole
+
+
 def test_many_prompts_as_text_and_as_tokens(client: openai.OpenAI, llm: LLM) -> None:
     prompts = [PROMPT, "import os\n", "class A"]
     ids = [llm.encode(p) for p in prompts]
