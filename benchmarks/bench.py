@@ -53,15 +53,15 @@ class Metric:
 
 def bench(artifact: Path, threads: int, runs: int = 3, batches: tuple[int, ...] = (1, 4, 16),
           with_ceilings: bool = True, progress: Callable[[str], None] = lambda _: None,
-          speculative: SpeculativeConfig | None = None) -> dict[str, Any]:
+          speculative: SpeculativeConfig | None = None, pin: bool = False) -> dict[str, Any]:
     """Measure `artifact`; returns one JSON-able report. Raises `InferloomError` where a probe cannot run."""
-    return _Bench(artifact, threads, runs, with_ceilings, progress, speculative).report(batches)
+    return _Bench(artifact, threads, runs, with_ceilings, progress, speculative, pin).report(batches)
 
 
 class _Bench:
     def __init__(self, artifact: Path, threads: int, runs: int, with_ceilings: bool,
-                 progress: Callable[[str], None], speculative: SpeculativeConfig | None) -> None:
-        self.speculative = speculative
+                 progress: Callable[[str], None], speculative: SpeculativeConfig | None, pin: bool) -> None:
+        self.speculative, self.pin = speculative, pin
         self.artifact, self.threads, self.runs, self.progress = artifact, threads, runs, progress
         self.with_ceilings = with_ceilings
         self.manifest = json.loads((artifact / "manifest.json").read_text())
@@ -80,7 +80,7 @@ class _Bench:
             raise InferloomError(f"bench needs {PROMPT + NEW} tokens of context; the artifact was compiled for {limit}")
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._fresh_process()
-        llm = LLM(self.artifact, threads=self.threads, speculative=self.speculative)
+        llm = LLM(self.artifact, threads=self.threads, speculative=self.speculative, pin=self.pin)
 
         def generate(prompts: list[list[int]], new: int) -> list[tuple[int, ...]]:
             made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
@@ -106,7 +106,7 @@ class _Bench:
         """Load to first token, and peak memory, of a process that does nothing else."""
         loads, sizes = [], []
         for _ in range(self.runs):
-            options = json.dumps({"threads": self.threads})
+            options = json.dumps({"threads": self.threads, "pin": self.pin})
             command = [sys.executable, "-c", _FRESH, str(self.artifact), json.dumps(list(range(3, 19))), options]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:

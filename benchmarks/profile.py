@@ -18,14 +18,15 @@ PROMPT, NEW = 128, 64
 
 
 def profile(artifact: Path, threads: int | None, batches: tuple[int, ...],
-            trace: str | os.PathLike[str] | None = None, speculative: SpeculativeConfig | None = None) -> dict[str, Any]:
+            trace: str | os.PathLike[str] | None = None, speculative: SpeculativeConfig | None = None,
+            pin: bool = False) -> dict[str, Any]:
     """Decode greedily at each batch size, reading each text as it grows; microseconds of the median step.
 
     Of each batch: `tokens_per_step` of all sequences, `phases`, `python` (all but the kernels), and `kernels` with the
     times that a step calls each and what these calls take together. `trace`: a file for the steps of the last batch, see
     `Timeline.write`.
     """
-    with LLM(artifact, threads=threads, speculative=speculative) as llm:
+    with LLM(artifact, threads=threads, speculative=speculative, pin=pin) as llm:
         made = [_decode(llm, batch, trace if batch == batches[-1] else None) for batch in batches]
         model = llm.manifest.model
     return {"artifact": artifact.name, "model": {"name": model.name, "dtype": model.dtype}, "threads": threads,

@@ -22,7 +22,7 @@ class LLM(_LLM):
     weights quantised as `quant`, `quant_head`, `quant_embedding` and `quant_activations` say, keys and values kept in
     `kv_dtype`), which needs the `compile` extra; `progress` then gets a line of text for each stage. An artifact must have
     been compiled as these five say, where they are given. The draft model of `speculative` may be a checkpoint, too. All
-    other options are the runtime's: `memory_bytes`, `threads`, `gpu`, `max_num_seqs`, `max_num_batched_tokens`,
+    other options are the runtime's: `memory_bytes`, `threads`, `pin`, `gpu`, `max_num_seqs`, `max_num_batched_tokens`,
     `enable_prefix_caching`, `seed`.
     """
 

@@ -44,7 +44,7 @@ class DraftModel:
 
     @classmethod
     def open(cls, artifact: Artifact, target: Artifact, count: int, memory_bytes: int, threads: int | None = None,
-             gpu: int = 0, prefix_caching: bool = True) -> DraftModel:
+             gpu: int = 0, prefix_caching: bool = True, pin: bool = False) -> DraftModel:
         """Load an artifact as the draft model of another. RequestError when it cannot be that."""
         m, wanted = artifact.manifest, target.manifest
         limits = Limits.of(m)
@@ -53,7 +53,7 @@ class DraftModel:
         if theirs != ours or (ours is None and m.model.vocab_size != wanted.model.vocab_size):
             raise RequestError(f"the draft model {m.model.name} has another tokenizer than {wanted.model.name}: drafts are "
                                "tokens, so both must have the same tokenizer.json (without one, vocabularies of one size)")
-        device = (CpuDevice(artifact, memory_bytes=memory_bytes, threads=threads) if m.chip.driver == "none"
+        device = (CpuDevice(artifact, memory_bytes=memory_bytes, threads=threads, pin=pin) if m.chip.driver == "none"
                   else GpuDevice(artifact, memory_bytes=memory_bytes, ordinal=gpu))
         made = cls(device, limits, m.model.vocab_size, wanted.model.vocab_size, count, prefix_caching,
                    m.files[m.weights.file].blake3.encode())

@@ -45,7 +45,7 @@ class LLM:
 
     `memory_bytes` bounds everything together (default: what the artifact needs, and for state the least of 4 GiB,
     half of the memory that is free, and all that its limits can use; on a GPU, nine tenths of what is free there).
-    `threads` of a CPU defaults to the usable cores, `gpu` is the driver's number of the GPU. State that leaves the pool
+    `threads` of a CPU defaults to the usable cores, which `pin` keeps them on; `gpu` is the driver's number of the GPU. State that leaves the pool
     goes to `ram_bytes` of memory beside it; sessions are saved in the folder `state_dir`, at most `disk_bytes` of it.
     `speculative` is how drafts are made: a config, "ngram", or a draft model's artifact. Raises ArtifactError for an
     artifact that is damaged, foreign or does not fit.
@@ -55,7 +55,7 @@ class LLM:
                  gpu: int = 0, max_num_seqs: int | None = None, max_num_batched_tokens: int | None = None,
                  enable_prefix_caching: bool = True, seed: int | None = None, ram_bytes: int = 0,
                  state_dir: str | os.PathLike[str] | None = None, disk_bytes: int = DEFAULT_DISK_BYTES,
-                 speculative: SpeculativeConfig | str | os.PathLike[str] | None = None) -> None:
+                 speculative: SpeculativeConfig | str | os.PathLike[str] | None = None, pin: bool = False) -> None:
         self.artifact = Artifact.open(Path(path))
         m = self.manifest = self.artifact.manifest
         limits = Limits.of(m, _at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
@@ -70,11 +70,12 @@ class LLM:
         self._opened: list[Device | Proposer | Tiers] = []
         try:
             budget = default_memory(m) if memory_bytes is None and m.chip.driver == "none" else memory_bytes
-            proposer = None if config is None else self._open_proposer(config, memory_bytes, threads, gpu, enable_prefix_caching)
+            proposer = None if config is None else self._open_proposer(
+                config, memory_bytes, threads, gpu, enable_prefix_caching, pin)
             if isinstance(proposer, DraftModel) and memory_bytes is not None:
                 budget = memory_bytes - proposer.bytes
             if m.chip.driver == "none":
-                self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads)
+                self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads, pin=pin)
             else:
                 self.device = GpuDevice(self.artifact, memory_bytes=budget, ordinal=gpu)
             self._opened.append(self.device)
@@ -92,13 +93,14 @@ class LLM:
         self._count = 0
 
     def _open_proposer(self, config: SpeculativeConfig, memory_bytes: int | None, threads: int | None, gpu: int,
-                       prefix_caching: bool) -> Proposer:
+                       prefix_caching: bool, pin: bool) -> Proposer:
         if config.model is None:
             return NgramProposer(config)
         draft = Artifact.open(Path(config.model))
         m = draft.manifest
         budget = default_memory(m) if memory_bytes is None else shared_memory(self.manifest, m, memory_bytes)
-        opened = DraftModel.open(draft, self.artifact, config.num_speculative_tokens, budget, threads, gpu, prefix_caching)
+        opened = DraftModel.open(draft, self.artifact, config.num_speculative_tokens, budget, threads, gpu, prefix_caching,
+                                 pin)
         self._opened.append(opened)
         return opened
 

@@ -17,6 +17,7 @@ from inferloom.cli.console import emit, human_bytes, out, progress, set_json, ta
 def bench(
     model: options.Model,
     threads: options.Threads = None,
+    pin: options.Pin = False,
     runs: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 3,
     batches: Annotated[str, typer.Option(help="Batch sizes of the decode measurements.")] = "1,4,16",
     profile: Annotated[bool, typer.Option("--profile", help="Instead, show where a decode step's time goes: phases and "
@@ -53,10 +54,10 @@ def bench(
         path = resolve(model, wanted, report)
         drafts = resolve_draft(options.speculative(speculative, num_speculative_tokens), wanted, report)
         if profile or trace is not None:
-            made = measure_steps(path, threads, sizes, trace, drafts)
+            made = measure_steps(path, threads, sizes, trace, drafts, pin)
         else:
             made = measure(path, threads or len(os.sched_getaffinity(0)), runs, sizes, ceilings, report,
-                           drafts)
+                           drafts, pin)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")

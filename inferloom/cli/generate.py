@@ -51,6 +51,7 @@ def run(
     quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
+    pin: options.Pin = False,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
     speculative: options.Speculative = None,
@@ -67,7 +68,7 @@ def run(
     start = time.perf_counter()
     compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
                                          kv_dtype)
-    arguments = _arguments(compiling, threads, gpu, memory)
+    arguments = _arguments(compiling, threads, pin, gpu, memory)
     arguments["speculative"] = options.speculative(speculative, num_speculative_tokens)
     from inferloom.llm import LLM, SamplingParams
 
@@ -148,6 +149,7 @@ def chat(
     quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
+    pin: options.Pin = False,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
     speculative: options.Speculative = None,
@@ -163,7 +165,7 @@ def chat(
                                          kv_dtype)
     with progress(f"loading {model}") as report:
         llm = LLM(model, progress=report, speculative=options.speculative(speculative, num_speculative_tokens),
-                  **_arguments(compiling, threads, gpu, memory))
+                  **_arguments(compiling, threads, pin, gpu, memory))
     with llm:
         if llm.chat_template is None:
             raise UsageError(f"{model} has no chat template; use `inferloom run`")
@@ -189,10 +191,10 @@ def _ask() -> str | None:
     return line.rstrip("\n") if line else None
 
 
-def _arguments(compiling: CompileOptions, threads: int | None, gpu: int, memory: str | None) -> dict[str, Any]:
+def _arguments(compiling: CompileOptions, threads: int | None, pin: bool, gpu: int, memory: str | None) -> dict[str, Any]:
     made: dict[str, Any] = {name: getattr(compiling, name) for name in (
         "chip", "dtype", "max_model_len", "quant", "quant_head", "quant_embedding", "quant_activations", "kv_dtype")}
-    made["gpu"] = gpu
+    made["gpu"], made["pin"] = gpu, pin
     if threads is not None:
         made["threads"] = threads
     if memory is not None:

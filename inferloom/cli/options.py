@@ -51,6 +51,7 @@ Passes = Annotated[list[str] | None, typer.Option("--pass", show_default=False, 
                                                       "offers. Its code runs.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, show_default=False,
                                              help="Threads; all cores if not given.")]
+Pin = Annotated[bool, typer.Option("--pin/--no-pin", help="Keep each thread on a core.")]
 Gpu = Annotated[int, typer.Option("--gpu", min=0, help="Number of the GPU, for artifacts of one.")]
 Memory = Annotated[str | None, typer.Option("--memory", show_default=False, metavar="BYTES",
                                             help="Memory budget, e.g. 4GiB; part of what is free if not given.")]

@@ -78,6 +78,7 @@ def serve(
     quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     threads: options.Threads = None,
+    pin: options.Pin = False,
     gpu: options.Gpu = 0,
     memory: options.Memory = None,
 ) -> None:
@@ -114,7 +115,7 @@ def serve(
             str(artifact), names, None if memory is None else options.parse_bytes(memory), threads, gpu, max_num_seqs,
             max_num_batched_tokens, enable_prefix_caching, seed, tool_call_parser, reasoning_parser,
             0 if ram_bytes is None else options.parse_bytes(ram_bytes), None if state_dir is None else str(state_dir),
-            DEFAULT_DISK_BYTES if disk_bytes is None else options.parse_bytes(disk_bytes), drafts))
+            DEFAULT_DISK_BYTES if disk_bytes is None else options.parse_bytes(disk_bytes), drafts, pin))
     run(wanted, settings, _say)
 
 

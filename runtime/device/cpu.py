@@ -35,12 +35,12 @@ class CpuDevice:
     """An artifact on the cores of this machine. See `Device` for what it does.
 
     Give `num_blocks`, or `memory_bytes` for everything together, of which the state gets what the rest leaves.
-    `threads` defaults to the cores this process may use. ArtifactError when the artifact is damaged, was compiled
+    `threads` defaults to the cores this process may use; `pin` keeps all but the caller's on a core each. ArtifactError when the artifact is damaged, was compiled
     for another chip, or does not fit; RequestError on arguments that make no sense.
     """
 
     def __init__(self, artifact: Artifact, num_blocks: int | None = None, memory_bytes: int | None = None,
-                 threads: int | None = None) -> None:
+                 threads: int | None = None, pin: bool = False) -> None:
         m = self.manifest = artifact.manifest
         self.timeline: Timeline | None = None
         self.num_blocks = plan_blocks(m, num_blocks, memory_bytes)
@@ -59,6 +59,8 @@ class CpuDevice:
             self._views = input_views(m, self._inputs.bytes)
             self._calls = self._plan()
             self._plan_at = ctypes.addressof(self._calls), len(m.plan), self._views["dims"].ctypes.data
+            if pin:
+                self._library.pin()
             self._library.threads(self.threads)
         except BaseException:
             self.close()

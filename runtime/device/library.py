@@ -74,6 +74,11 @@ class KernelLibrary(Library):
             raise ArtifactError(f"{count} threads were asked for, {max(running, 0)} could be started: "
                                 "ask for fewer, or raise the limit of processes")
 
+    def pin(self) -> None:
+        """Keep each of the threads that `threads` starts on a core of its own. ArtifactError when the library cannot."""
+        self.symbol("il_pin")
+        self._lib.il_pin(1)
+
     def step(self, calls: int, count: int, dims: int, ns: int | None) -> None:
         """Run `count` calls at address `calls` (il_call[]), with `dims` int32[4] and perhaps `ns` uint64[count]."""
         if self._lib.il_step(calls, count, dims, ns):

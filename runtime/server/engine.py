@@ -125,7 +125,8 @@ class EngineProcess:
         m = self.model
         return {"memory_bytes": m.memory_bytes, "threads": m.threads, "gpu": m.gpu, "max_num_seqs": m.max_num_seqs,
                 "max_num_batched_tokens": m.max_num_batched_tokens, "enable_prefix_caching": m.enable_prefix_caching,
-                "seed": m.seed, "ram_bytes": m.ram_bytes, "state_dir": m.state_dir, "disk_bytes": m.disk_bytes,
+                "seed": m.seed, "pin": m.pin, "ram_bytes": m.ram_bytes, "state_dir": m.state_dir,
+                "disk_bytes": m.disk_bytes,
                 "speculative": None if m.speculative is None else {
                     name: str(value) if isinstance(value, Path) else value for name, value in asdict(m.speculative).items()}}
 

@@ -34,6 +34,7 @@ class ModelSettings:
     state_dir: str | None = None
     disk_bytes: int = DEFAULT_DISK_BYTES
     speculative: SpeculativeConfig | None = None
+    pin: bool = False
 
 
 @dataclass(frozen=True, slots=True)

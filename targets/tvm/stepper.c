@@ -1,23 +1,36 @@
 // Runs the stages of one step on a small thread pool.
 //
 // A stage is a kernel over `n` independent chunks. Each thread has a run of them, so that it reads memory in order, and
-// claims them one by one with an atomic counter; when its own are gone it claims those of others. A stage is over when
-// all its chunks are done, not when all threads have arrived, so a thread that the system has put to sleep holds up no
-// more than the chunk it has. Threads spin briefly between stages, then yield, and sleep between steps.
+// claims them one by one; when its own are gone it claims those of others. A stage is over when all its chunks are done,
+// not when all threads have arrived, and so is a step: nobody waits for a thread that has no chunk. A thread that comes
+// late, even after the step, finds nothing left to claim, since what it claims by is marked with the step's number.
+//
+// Between stages threads spin briefly, then let others run. Between steps they spin for about as long as a caller needs
+// to prepare the next one, then sleep. Where cores are shared, which a thread learns from being put off its core, that
+// is a waste that the system makes up for by stopping the thread in the middle of a chunk; so it sleeps at once then,
+// and lets others run between two chunks.
 #define _GNU_SOURCE
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #define IL_ABI 2
 #define IL_ARGS 16
 #define IL_MAX_THREADS 256
-#define SPINS_BEFORE_YIELD 2000
-#define SPINS_BEFORE_SLEEP 200000
+#define SPINS 64                  // looks at a counter between two looks at the clock
+#define STAGE_SPIN_NS 20000       // how long a thread spins for the end of a stage
+#define IDLE_SPIN_NS 2000000      // how long it spins for the next step
+#define CROWDED_SPIN_NS 5000      // the same where cores are shared
+#define CROWDED_FOR_NS 100000000  // how long cores count as shared after a thread was put off one
+#define CROWDED_RUN_NS 1000000    // how long a thread runs at most there before it lets others run
 
 typedef void (*il_kernel)(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
                           void *, void *, void *, void *, void *, const int32_t *, int32_t);
@@ -27,29 +40,42 @@ typedef struct {
   int32_t dim, tile, mult, flags;
 } il_call;
 
+typedef _Atomic uint64_t word;  // mostly a step's number << 32 | a count
+
 typedef struct {
-  _Alignas(64) atomic_int done;
+  word size;    // step << 32 | chunks
+  word target;  // what `done` is at the end of the stage
 } stage;
 
+typedef struct {
+  _Alignas(64) word done;  // chunks of all steps so far
+} progress;
+
+// What belongs to one thread alone.
+typedef struct {
+  uint64_t crowded_until, ran_since;
+  long put_off;
+} self;
+
 static struct {
-  _Alignas(64) atomic_uint generation;
-  _Alignas(64) atomic_int busy;
-  atomic_int sleepers;
+  _Alignas(64) word head;  // step << 32 | stages
+  atomic_uint bell;        // the step's number again, for those who sleep
+  _Alignas(64) atomic_uint sleepers;
   atomic_int stop;
+  // Of the step that `head` tells; a worker reads them while it has a chunk of that step, so they do not change then.
   const il_call *calls;
   const int32_t *dims;
   stage *stages;
-  atomic_int *next;  // chunks that were claimed: of each thread's run, a row of `stride` stages
-  uint64_t *ns;
-  int32_t count;
+  progress *progress;
+  word *claimed;  // step << 32 | chunks that were claimed: of each thread's run, a row of `stride` stages
 } job;
 
 static pthread_t threads[IL_MAX_THREADS];
-static int started = 1;
-static int capacity, stride;
+static int started = 1, crowded_always, pinned;
+static int32_t capacity, stride;
+static uint32_t step;
+static self caller;
 static pthread_mutex_t step_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -61,139 +87,195 @@ static inline void relax(void) {
 #endif
 }
 
-static inline void spin(int *spins) {
-  relax();
-  if (++*spins % SPINS_BEFORE_YIELD == 0) sched_yield();
-}
-
 static uint64_t now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+static inline uint64_t pack(uint32_t step, uint32_t count) { return (uint64_t)step << 32 | count; }
+static inline uint32_t step_of(uint64_t w) { return (uint32_t)(w >> 32); }
+
+// Whether this thread shares its core: look after each step.
+static void look_around(self *me) {
+  struct rusage use;
+  if (getrusage(RUSAGE_THREAD, &use)) return;
+  uint64_t t = now();
+  if (use.ru_nivcsw != me->put_off) me->crowded_until = t + CROWDED_FOR_NS;
+  me->put_off = use.ru_nivcsw;
+  me->ran_since = t;
+}
+
+static inline int crowded(const self *me, uint64_t t) { return crowded_always || t < me->crowded_until; }
+
+// Whether it is time for this thread to let others run.
+static inline int ran_long(const self *me) {
+  if (!me->crowded_until && !crowded_always) return 0;
+  uint64_t t = now();
+  return crowded(me, t) && t - me->ran_since > CROWDED_RUN_NS;
+}
+
 static int32_t chunks(const il_call *c, const int32_t *dims) {
   return c->dim < 0 ? c->mult : (dims[c->dim] + c->tile - 1) / c->tile * c->mult;
 }
 
-// The next chunk of stage i for a thread that claims those of thread *of, and then of the threads after it; -1: none.
-static int32_t claim(int32_t i, int32_t n, int me, int *of) {
+// The next of n chunks of stage i of step s for a thread that claims those of thread *of, then of those after it; -1: none.
+static int32_t claim(uint32_t s, int32_t i, int32_t n, int me, int *of) {
   for (; *of < me + started; ++*of) {
     int64_t t = *of % started;
     int32_t begin = (int32_t)(n * t / started), size = (int32_t)(n * (t + 1) / started) - begin;
-    atomic_int *next = &job.next[t * stride + i];
-    if (atomic_load_explicit(next, memory_order_relaxed) >= size) continue;
-    int32_t nth = atomic_fetch_add_explicit(next, 1, memory_order_relaxed);
-    if (nth < size) return begin + nth;
+    word *claimed = &job.claimed[t * stride + i];
+    uint64_t seen = atomic_load_explicit(claimed, memory_order_relaxed);
+    for (;;) {
+      // One that an earlier step wrote has not been touched in this one; one of a later step says that this one is over.
+      int32_t later = (int32_t)(step_of(seen) - s), nth = later < 0 ? 0 : (int32_t)(uint32_t)seen;
+      if (later > 0 || nth >= size) break;
+      if (atomic_compare_exchange_weak_explicit(claimed, &seen, pack(s, (uint32_t)nth + 1), memory_order_relaxed,
+                                                memory_order_relaxed))
+        return begin + nth;
+    }
   }
   return -1;
 }
 
-static void run(int me) {
-  for (int32_t i = 0; i < job.count; i++) {
-    const il_call *c = &job.calls[i];
-    stage *s = &job.stages[i];
-    int32_t n = chunks(c, job.dims), chunk, made = 0;
-    int timed = me == 0 && job.ns, of = me;
-    uint64_t begin = timed ? now() : 0;
-    void *const *a = c->args;
-    for (; (chunk = claim(i, n, me, &of)) >= 0; made++)
+// Take part in step s of `count` stages until it is over; `ns`, when given, receives the time of each.
+static void run(uint32_t s, int32_t count, int number, self *me, uint64_t *ns) {
+  for (int32_t i = 0; i < count; i++) {
+    uint64_t size = atomic_load_explicit(&job.stages[i].size, memory_order_relaxed);
+    uint64_t target = atomic_load_explicit(&job.stages[i].target, memory_order_relaxed);
+    if (step_of(size) != s) return;
+    int32_t n = (int32_t)(uint32_t)size, chunk;
+    int of = number;
+    uint64_t begin = ns ? now() : 0, made = 0;
+    while ((chunk = claim(s, i, n, number, &of)) >= 0) {
+      const il_call *c = &job.calls[i];
+      void *const *a = c->args;
       c->fn(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15],
             job.dims, chunk);
-    if (made) atomic_fetch_add_explicit(&s->done, made, memory_order_release);
-    int spins = 0;
-    while (atomic_load_explicit(&s->done, memory_order_acquire) < n) spin(&spins);
-    if (timed) job.ns[i] = now() - begin;
+      made++;
+      if (ran_long(me)) {  // what is done counts before others run, since they may wait for it
+        atomic_fetch_add_explicit(&job.progress[i].done, made, memory_order_release);
+        made = 0;
+        sched_yield();
+        me->ran_since = now();
+      }
+    }
+    if (made) atomic_fetch_add_explicit(&job.progress[i].done, made, memory_order_release);
+    uint64_t since = 0;
+    for (int spins = 1; atomic_load_explicit(&job.progress[i].done, memory_order_acquire) < target; spins++) {
+      relax();
+      if (spins % SPINS) continue;
+      if (step_of(atomic_load_explicit(&job.head, memory_order_relaxed)) != s) return;
+      uint64_t t = now();
+      if (!since) since = t;
+      if (t - since > STAGE_SPIN_NS) sched_yield();
+    }
+    if (ns) ns[i] = now() - begin;
   }
+}
+
+static void nap(uint32_t seen) {
+  atomic_fetch_add(&job.sleepers, 1);
+  while (atomic_load(&job.bell) == seen) syscall(SYS_futex, &job.bell, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+  atomic_fetch_sub(&job.sleepers, 1);
 }
 
 static void *worker(void *number) {
-  int me = (int)(intptr_t)number;
-  unsigned seen = 0;
-  for (;;) {
-    int spins = 0;
-    while (atomic_load_explicit(&job.generation, memory_order_acquire) == seen) {
-      spin(&spins);
-      if (spins < SPINS_BEFORE_SLEEP) continue;
-      pthread_mutex_lock(&sleep_lock);
-      atomic_fetch_add(&job.sleepers, 1);
-      while (atomic_load(&job.generation) == seen) pthread_cond_wait(&wake, &sleep_lock);
-      atomic_fetch_sub(&job.sleepers, 1);
-      pthread_mutex_unlock(&sleep_lock);
+  self me = {0};
+  for (uint32_t seen = 0;;) {
+    uint64_t head, since = 0;
+    for (int spins = 1; step_of(head = atomic_load_explicit(&job.head, memory_order_acquire)) == seen; spins++) {
+      relax();
+      if (spins % SPINS) continue;
+      uint64_t t = now();
+      if (!since) since = t;
+      if (t - since > (crowded(&me, t) ? CROWDED_SPIN_NS : IDLE_SPIN_NS)) nap(seen);
     }
-    seen = atomic_load_explicit(&job.generation, memory_order_acquire);
-    if (atomic_load(&job.stop)) {
-      atomic_fetch_sub(&job.busy, 1);
-      return NULL;
-    }
-    run(me);
-    atomic_fetch_sub_explicit(&job.busy, 1, memory_order_release);
+    seen = step_of(head);
+    if (atomic_load(&job.stop)) return NULL;
+    run(seen, (int32_t)(uint32_t)head, (int)(intptr_t)number, &me, NULL);
+    look_around(&me);
   }
 }
 
-static void publish(void) {
-  atomic_store_explicit(&job.busy, started - 1, memory_order_relaxed);
-  atomic_fetch_add(&job.generation, 1);
-  if (atomic_load(&job.sleepers)) {
-    pthread_mutex_lock(&sleep_lock);
-    pthread_cond_broadcast(&wake);
-    pthread_mutex_unlock(&sleep_lock);
-  }
+static void publish(int32_t count) {
+  atomic_store(&job.head, pack(++step, (uint32_t)count));
+  atomic_store(&job.bell, step);
+  if (atomic_load(&job.sleepers)) syscall(SYS_futex, &job.bell, FUTEX_WAKE_PRIVATE, IL_MAX_THREADS, NULL, NULL, 0);
 }
 
-static void stop_workers(void) {
-  if (started == 1) {  // steps on one thread count too, and new workers begin at 0
-    atomic_store(&job.generation, 0);
-    return;
-  }
+// Bind a thread to the core of that number, in turn, among the usable ones.
+static void pin(pthread_t thread, int number, const cpu_set_t *usable) {
+  int count = CPU_COUNT(usable), core = 0;
+  if (!count) return;
+  for (int nth = number % count; !CPU_ISSET(core, usable) || nth--; core++) {}
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(core, &one);
+  pthread_setaffinity_np(thread, sizeof one, &one);
+}
+
+// Stop the workers, and have n threads with counters for so many stages. Returns the threads in use.
+static int restart(int n, int32_t stages) {
   atomic_store(&job.stop, 1);
-  publish();
+  publish(0);
   for (int i = 1; i < started; i++) pthread_join(threads[i], NULL);
   atomic_store(&job.stop, 0);
-  atomic_store(&job.generation, 0);
-  started = 1;
+  free(job.stages);
+  free(job.progress);
+  free(job.claimed);
+  started = 1, step = 0, capacity = 0;
+  atomic_store(&job.head, 0);
+  atomic_store(&job.bell, 0);
+  stride = (stages + 7) / 8 * 8;
+  size_t sizes[] = {sizeof(stage) * (size_t)stride, sizeof(progress) * (size_t)stride, sizeof(word) * (size_t)stride * (size_t)n};
+  void *memory[3];
+  for (int i = 0; i < 3; i++)
+    if ((memory[i] = aligned_alloc(64, sizes[i] + 64))) memset(memory[i], 0, sizes[i]);
+  job.stages = memory[0], job.progress = memory[1], job.claimed = memory[2];
+  if (memory[0] && memory[1] && memory[2]) capacity = stages;
+  cpu_set_t usable;
+  CPU_ZERO(&usable);
+  sched_getaffinity(0, sizeof usable, &usable);
+  crowded_always = n > CPU_COUNT(&usable);
+  for (; started < n && !pthread_create(&threads[started], NULL, worker, (void *)(intptr_t)started); started++)
+    if (pinned) pin(threads[started], started, &usable);
+  return started;
 }
 
 int il_abi(void) { return IL_ABI; }
+
+// Whether threads that il_threads starts from now on stay on a core each.
+void il_pin(int on) { pinned = on; }
 
 // Use n threads, the caller being one of them. Returns the number in use, or -1 when n is out of range.
 int il_threads(int n) {
   if (n < 1 || n > IL_MAX_THREADS) return -1;
   pthread_mutex_lock(&step_lock);
-  stop_workers();
-  while (started < n && pthread_create(&threads[started], NULL, worker, (void *)(intptr_t)started) == 0)
-    started++;
-  capacity = 0;  // counters are for so many threads
+  int got = restart(n, capacity);
   pthread_mutex_unlock(&step_lock);
-  return started;
+  return got;
 }
 
 // Run n calls in order. `ns`, when given, receives each call's nanoseconds. Returns 0, or -1 without memory.
 int il_step(const il_call *calls, int32_t n, const int32_t *dims, uint64_t *ns) {
   pthread_mutex_lock(&step_lock);
-  if (n > capacity) {
-    free(job.stages);
-    free(job.next);
-    stride = (n + 15) / 16 * 16;
-    job.stages = aligned_alloc(64, sizeof(stage) * (size_t)n);
-    job.next = aligned_alloc(64, sizeof(atomic_int) * (size_t)stride * (size_t)started);
-    capacity = job.stages && job.next ? n : 0;
-  }
+  if (n > capacity || step >= INT32_MAX) restart(started, n > capacity ? n : capacity);
   if (n > capacity) {
     pthread_mutex_unlock(&step_lock);
     return -1;
   }
-  for (int32_t i = 0; i < n; i++) atomic_store_explicit(&job.stages[i].done, 0, memory_order_relaxed);
-  if (n > 0) memset(job.next, 0, sizeof(atomic_int) * (size_t)stride * (size_t)started);
   job.calls = calls;
-  job.count = n;
   job.dims = dims;
-  job.ns = ns;
-  publish();
-  run(0);
-  // Workers must have left before the caller may reuse the stages.
-  int spins = 0;
-  while (atomic_load_explicit(&job.busy, memory_order_acquire)) spin(&spins);
+  for (int32_t i = 0; i < n; i++) {
+    int32_t size = chunks(&calls[i], dims);
+    uint64_t before = atomic_load_explicit(&job.progress[i].done, memory_order_relaxed);
+    atomic_store_explicit(&job.stages[i].target, before + (uint64_t)size, memory_order_relaxed);
+    atomic_store_explicit(&job.stages[i].size, pack(step + 1, (uint32_t)size), memory_order_relaxed);
+  }
+  publish(n);
+  run(step, n, 0, &caller, ns);
+  look_around(&caller);
   pthread_mutex_unlock(&step_lock);
   return 0;
 }

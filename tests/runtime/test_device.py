@@ -172,6 +172,14 @@ def test_two_devices_and_closing(artifact):
         np.testing.assert_array_equal(third.step(batch()), kept)
 
 
+def test_pinned_threads_run_the_plan(artifact, tmp_path):
+    with CpuDevice(artifact, num_blocks=3, threads=3, pin=True) as device:
+        np.testing.assert_array_equal(device.step(batch()), expected([3, 1], 3, 3))
+    write_toy(tmp_path / "older", toy_library().replace(b"il_pin", b"il_nip"))
+    with pytest.raises(ArtifactError, match="no function 'il_pin': compile the model again"):
+        CpuDevice(Artifact.open(tmp_path / "older"), num_blocks=3, pin=True)
+
+
 def test_libraries_that_do_not_fit(tmp_path):
     write_toy(tmp_path / "junk", b"\x7fELF")
     with pytest.raises(ArtifactError, match="cannot be loaded"):

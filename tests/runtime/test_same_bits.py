@@ -110,3 +110,21 @@ def test_logits_are_bit_equal_to_running_alone(models: tuple[LLM, LLM]) -> None:
             assert len(got) == len(want) and all(np.array_equal(g, w) for g, w in zip(got, want, strict=True)), (
                 f"trace {seed}, request {name}")
     assert preemptions > 0 and hits > 0 and accepted > 50 and rejected > 50
+
+
+def test_logits_do_not_depend_on_threads(demo_bf16: Path) -> None:
+    made = []
+    for threads in (1, 2, 3, 8, 64):
+        with LLM(demo_bf16, memory_bytes=600 * 2**20, threads=threads, pin=threads == 3) as llm:
+            recording = engine(llm, 48, 4, 64, False)
+            for i in range(4):
+                recording.add_request(str(i), llm.encode(Path(__file__).read_text()[100 * i:100 * i + 150]),
+                                      SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+            while recording.has_unfinished:
+                recording.step()
+            made.append(recording.rows)
+    assert all(len(rows) == 6 for rows in made[0].values())
+    for rows in made[1:]:
+        assert rows.keys() == made[0].keys()
+        for name, expected in made[0].items():
+            np.testing.assert_array_equal(rows[name], expected)

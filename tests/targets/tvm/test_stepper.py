@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,3 +65,32 @@ def test_every_chunk_once_and_in_order(lib: ctypes.CDLL, threads: int) -> None:
         changes = np.count_nonzero(np.diff(who[0]))
         assert changes < 500
     lib.il_threads(1)
+
+
+@pytest.mark.parametrize("options, most, steps", [(["-O2"], 64, 300), (["-O1", "-fsanitize=thread"], 8, 300)],
+                         ids=["plain", "thread-sanitizer"])
+def test_stress(tmp_path: Path, options: list[str], most: int, steps: int) -> None:
+    """Steps of few small chunks, in which threads fall asleep: late ones take nothing of a step that is not theirs."""
+    compiler, program = shutil.which("cc") or shutil.which("gcc"), tmp_path / "stress"
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    sources = [STEPPER, Path(__file__).with_name("stepper_stress.c")]
+    built = subprocess.run([compiler, *options, "-w", "-pthread", *sources, "-o", program], capture_output=True, text=True)
+    if built.returncode and "tsan" in built.stderr:
+        pytest.skip("the compiler has no thread sanitizer here")
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([program, str(most), str(steps)], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+def test_pinned_threads_stay_on_a_core_each(lib: ctypes.CDLL) -> None:
+    usable, before = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+    lib.il_pin(1)
+    try:
+        assert lib.il_threads(4) == 4
+        places = [os.sched_getaffinity(int(t)) for t in sorted(set(os.listdir("/proc/self/task")) - before, key=int)]
+    finally:
+        lib.il_pin(0)
+        lib.il_threads(1)
+    cores = sorted(usable)
+    assert places == [{cores[n % len(cores)]} for n in (1, 2, 3)] and os.sched_getaffinity(0) == usable
