@@ -45,10 +45,10 @@ class LLM:
 
     `memory_bytes` bounds everything together (default: what the artifact needs, and for state the least of 4 GiB,
     half of the memory that is free, and all that its limits can use; on a GPU, nine tenths of what is free there).
-    `threads` of a CPU defaults to the usable cores, which `pin` keeps them on; `gpu` is the driver's number of the GPU. State that leaves the pool
-    goes to `ram_bytes` of memory beside it; sessions are saved in the folder `state_dir`, at most `disk_bytes` of it.
-    `speculative` is how drafts are made: a config, "ngram", or a draft model's artifact. Raises ArtifactError for an
-    artifact that is damaged, foreign or does not fit.
+    `threads` of a CPU defaults to the usable cores, and `pin` keeps each on a core; `gpu` is the driver's number of the
+    GPU. State that leaves the pool goes to `ram_bytes` of memory beside it; sessions are saved in the folder `state_dir`,
+    at most `disk_bytes` of it. `speculative` is how drafts are made: a config, "ngram", or a draft model's artifact.
+    Raises ArtifactError for an artifact that is damaged, foreign or does not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, memory_bytes: int | None = None, threads: int | None = None,

@@ -35,8 +35,9 @@ class CpuDevice:
     """An artifact on the cores of this machine. See `Device` for what it does.
 
     Give `num_blocks`, or `memory_bytes` for everything together, of which the state gets what the rest leaves.
-    `threads` defaults to the cores this process may use; `pin` keeps all but the caller's on a core each. ArtifactError when the artifact is damaged, was compiled
-    for another chip, or does not fit; RequestError on arguments that make no sense.
+    `threads` defaults to the cores this process may use; `pin` keeps all but the caller's on a core each. ArtifactError
+    when the artifact is damaged, was compiled for another chip, or does not fit; RequestError on arguments that make no
+    sense.
     """
 
     def __init__(self, artifact: Artifact, num_blocks: int | None = None, memory_bytes: int | None = None,
