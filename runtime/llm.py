@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,11 +64,10 @@ class LLM:
         config = None if speculative is None else SpeculativeConfig.of(speculative)
         if config is not None:
             check_speculation(limits, m.model.name)
-        self.tokenizer = open_tokenizer(self.artifact)
-        self.chat_template = ChatTemplate.of(self.artifact)
-        self._verify_rest()
         self.device: Device
         self._opened: list[Device | Proposer | Tiers] = []
+        beside = ThreadPoolExecutor(1, "inferloom-open")
+        texts = beside.submit(self._open_texts)  # while weights are read
         try:
             budget = default_memory(m) if memory_bytes is None and m.chip.driver == "none" else memory_bytes
             proposer = None if config is None else self._open_proposer(
@@ -85,9 +85,12 @@ class LLM:
             tiers = Tiers(page, RamStore(ram_bytes) if ram_bytes else None, disk, costs,
                           None if disk is None else DiskWriter(disk, costs.disk))
             self._opened.append(tiers)
+            self.tokenizer, self.chat_template = texts.result()
         except BaseException:
             self.close()
             raise
+        finally:
+            beside.shutdown()
         self.engine = Engine(self.device, limits, m.model.vocab_size, self.tokenizer, m.model.eos_token_ids,
                              enable_prefix_caching, salt, seed, tiers, proposer=proposer)
         self._count = 0
@@ -104,11 +107,13 @@ class LLM:
         self._opened.append(opened)
         return opened
 
-    def _verify_rest(self) -> None:
-        """Hash the files that nothing here reads, too: an artifact is whole or refused."""
+    def _open_texts(self) -> tuple[Tokenizer | None, ChatTemplate | None]:
+        """Tokenizer and chat template. Files that nothing here reads are hashed, too: an artifact is whole or refused."""
+        made = open_tokenizer(self.artifact), ChatTemplate.of(self.artifact)
         for name in self.manifest.files:
             if name not in (KERNELS_FILE, self.manifest.weights.file):  # the device reads those
                 self.artifact.read(name)
+        return made
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None,
                  *, on_output: Callable[[RequestOutput], None] | None = None) -> list[RequestOutput]:

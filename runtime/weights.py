@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +16,8 @@ from inferloom.runtime.safetensors import Header, TensorInfo, parse_header
 
 CHUNK = 32 << 20
 """Bytes that are read at once."""
+READERS = 8
+"""Threads that read at most."""
 
 
 class Weights:
@@ -82,35 +82,48 @@ def _check_hash(hasher: blake3, path: Path, info: FileInfo) -> None:
 
 
 def load_verified(path: Path, info: FileInfo) -> Arena:
-    """A file's bytes in an arena, read once; their BLAKE3 is computed over the arena while reading goes on."""
+    """A file's bytes in an arena, read once, by several threads; their BLAKE3 is computed over the arena meanwhile."""
     arena = Arena(info.bytes, str(path))
-    whole = memoryview(arena.bytes)
-    hasher = blake3(max_threads=blake3.AUTO)
-    ready: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-
-    def hash_what_is_read() -> None:
-        while (span := ready.get()) is not None:
-            hasher.update(whole[span[0] : span[1]])
-
-    thread = threading.Thread(target=hash_what_is_read, name="inferloom-verify", daemon=True)
-    thread.start()
+    whole, hasher = memoryview(arena.bytes), blake3(max_threads=blake3.AUTO)
+    starts = range(0, len(whole), CHUNK)
+    fd = _open(path)
     try:
-        for at, piece in _pieces(path, len(whole), [whole[i : i + CHUNK] for i in range(0, len(whole), CHUNK)]):
-            ready.put((at, at + len(piece)))
+        def read(at: int) -> memoryview:
+            piece, got = whole[at : at + CHUNK], 0
+            while got < len(piece):
+                count = os.preadv(fd, [piece[got:]], at + got)
+                if not count:
+                    raise _ends(path, at + got, len(whole))
+                got += count
+            return piece
+
+        if len(starts) < 2:
+            for at in starts:
+                hasher.update(read(at))
+        else:
+            with ThreadPoolExecutor(min(len(starts), len(os.sched_getaffinity(0)), READERS), "inferloom-read") as pool:
+                for piece in pool.map(read, starts):
+                    hasher.update(piece)
     finally:
-        ready.put(None)
-        thread.join()
+        os.close(fd)
     _check_hash(hasher, path, info)
     return arena
 
 
-def _pieces(path: Path, size: int, buffers: Sequence[memoryview]) -> Iterator[tuple[int, memoryview]]:
-    """Read a file into the buffers in turn, each filled before it is given out; where each piece begins."""
+def _open(path: Path) -> int:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise ArtifactError(f"cannot open {path}: {error.strerror}") from None
-    with os.fdopen(fd, "rb", buffering=0) as file:
+
+
+def _ends(path: Path, at: int, size: int) -> ArtifactError:
+    return ArtifactError(f"{path} ends after {at} of {size} bytes; copy or compile it again")
+
+
+def _pieces(path: Path, size: int, buffers: Sequence[memoryview]) -> Iterator[tuple[int, memoryview]]:
+    """Read a file into the buffers in turn, each filled before it is given out; where each piece begins."""
+    with os.fdopen(_open(path), "rb", buffering=0) as file:
         at = number = 0
         while at < size:
             buffer = buffers[number % len(buffers)][: size - at]
@@ -118,7 +131,7 @@ def _pieces(path: Path, size: int, buffers: Sequence[memoryview]) -> Iterator[tu
             while got < len(buffer):
                 count = file.readinto(buffer[got:])
                 if not count:
-                    raise ArtifactError(f"{path} ends after {at + got} of {size} bytes; copy or compile it again")
+                    raise _ends(path, at + got, size)
                 got += count
             yield at, buffer
             at, number = at + got, number + 1

@@ -1,6 +1,7 @@
 import os
 import random
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from inferloom.runtime import artifact as artifacts
 from inferloom.runtime import manifest as manifests
 from inferloom.runtime.artifact import Artifact, publish, seal, staging
 from inferloom.runtime.errors import ArtifactError
+from inferloom.runtime.llm import LLM
 from tests.runtime.toy import toy_manifest, write_toy
 
 
@@ -41,6 +43,33 @@ def test_a_good_artifact_reads(toy):
     weights = artifact.load_weights()
     assert weights.address % 64 == 0
     assert weights.tensors["scale"].shape == (16,)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 32, 63])
+def test_files_in_many_pieces(toy, monkeypatch, chunk):
+    """Several threads read; every byte is verified, wherever its piece begins."""
+    monkeypatch.setattr("inferloom.runtime.weights.CHUNK", chunk)
+    use_all(toy)
+    artifact, path = Artifact.open(toy), toy / "weights/model.safetensors"
+    good = path.read_bytes()
+    assert artifact.load_weights().arena.bytes.tobytes() == good
+    for at in range(0, len(good), 13):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:])
+        with pytest.raises(ArtifactError, match="damaged"):
+            artifact.load_weights()
+        path.write_bytes(good[:at])
+        with pytest.raises(ArtifactError, match=f"ends after {at} of {len(good)} bytes"):
+            artifact.load_weights()
+    path.unlink()
+    with pytest.raises(ArtifactError, match="cannot open"):
+        artifact.load_weights()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_an_error_and_leaves_nothing(tmp_path):
+    write_toy(tmp_path / "toy")
+    with pytest.raises(ArtifactError, match="tokenizer.json cannot be read"):
+        LLM(tmp_path / "toy", threads=3)
+    assert not [t for t in threading.enumerate() if t.name.startswith("inferloom")]
 
 
 def test_sealing_is_deterministic(tmp_path):
