@@ -6,9 +6,8 @@
 // late, even after the step, finds nothing left to claim, since what it claims by is marked with the step's number.
 //
 // Between stages threads spin briefly, then let others run. Between steps they spin for about as long as a caller needs
-// to prepare the next one, then sleep. Where cores are shared, which a thread learns from being put off its core, that
-// is a waste that the system makes up for by stopping the thread in the middle of a chunk; so it sleeps at once then,
-// and lets others run between two chunks.
+// to prepare the next one, then sleep. Where cores are shared, which a thread learns from being put off its core, it
+// sleeps at once: time spent spinning is time that the system takes back later, in the middle of a chunk perhaps.
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <pthread.h>
@@ -30,7 +29,6 @@
 #define IDLE_SPIN_NS 2000000      // how long it spins for the next step
 #define CROWDED_SPIN_NS 5000      // the same where cores are shared
 #define CROWDED_FOR_NS 100000000  // how long cores count as shared after a thread was put off one
-#define CROWDED_RUN_NS 1000000    // how long a thread runs at most there before it lets others run
 
 typedef void (*il_kernel)(void *, void *, void *, void *, void *, void *, void *, void *, void *, void *, void *,
                           void *, void *, void *, void *, void *, const int32_t *, int32_t);
@@ -53,7 +51,7 @@ typedef struct {
 
 // What belongs to one thread alone.
 typedef struct {
-  uint64_t crowded_until, ran_since;
+  uint64_t crowded_until;
   long put_off;
 } self;
 
@@ -74,7 +72,6 @@ static pthread_t threads[IL_MAX_THREADS];
 static int started = 1, crowded_always, pinned;
 static int32_t capacity, stride;
 static uint32_t step;
-static self caller;
 static pthread_mutex_t step_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static inline void relax(void) {
@@ -96,24 +93,15 @@ static uint64_t now(void) {
 static inline uint64_t pack(uint32_t step, uint32_t count) { return (uint64_t)step << 32 | count; }
 static inline uint32_t step_of(uint64_t w) { return (uint32_t)(w >> 32); }
 
-// Whether this thread shares its core: look after each step.
+// Whether this thread shares its core: asked after each step.
 static void look_around(self *me) {
   struct rusage use;
   if (getrusage(RUSAGE_THREAD, &use)) return;
-  uint64_t t = now();
-  if (use.ru_nivcsw != me->put_off) me->crowded_until = t + CROWDED_FOR_NS;
+  if (use.ru_nivcsw != me->put_off) me->crowded_until = now() + CROWDED_FOR_NS;
   me->put_off = use.ru_nivcsw;
-  me->ran_since = t;
 }
 
 static inline int crowded(const self *me, uint64_t t) { return crowded_always || t < me->crowded_until; }
-
-// Whether it is time for this thread to let others run.
-static inline int ran_long(const self *me) {
-  if (!me->crowded_until && !crowded_always) return 0;
-  uint64_t t = now();
-  return crowded(me, t) && t - me->ran_since > CROWDED_RUN_NS;
-}
 
 static int32_t chunks(const il_call *c, const int32_t *dims) {
   return c->dim < 0 ? c->mult : (dims[c->dim] + c->tile - 1) / c->tile * c->mult;
@@ -139,7 +127,7 @@ static int32_t claim(uint32_t s, int32_t i, int32_t n, int me, int *of) {
 }
 
 // Take part in step s of `count` stages until it is over; `ns`, when given, receives the time of each.
-static void run(uint32_t s, int32_t count, int number, self *me, uint64_t *ns) {
+static void run(uint32_t s, int32_t count, int number, uint64_t *ns) {
   for (int32_t i = 0; i < count; i++) {
     uint64_t size = atomic_load_explicit(&job.stages[i].size, memory_order_relaxed);
     uint64_t target = atomic_load_explicit(&job.stages[i].target, memory_order_relaxed);
@@ -147,18 +135,11 @@ static void run(uint32_t s, int32_t count, int number, self *me, uint64_t *ns) {
     int32_t n = (int32_t)(uint32_t)size, chunk;
     int of = number;
     uint64_t begin = ns ? now() : 0, made = 0;
-    while ((chunk = claim(s, i, n, number, &of)) >= 0) {
+    for (; (chunk = claim(s, i, n, number, &of)) >= 0; made++) {
       const il_call *c = &job.calls[i];
       void *const *a = c->args;
       c->fn(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15],
             job.dims, chunk);
-      made++;
-      if (ran_long(me)) {  // what is done counts before others run, since they may wait for it
-        atomic_fetch_add_explicit(&job.progress[i].done, made, memory_order_release);
-        made = 0;
-        sched_yield();
-        me->ran_since = now();
-      }
     }
     if (made) atomic_fetch_add_explicit(&job.progress[i].done, made, memory_order_release);
     uint64_t since = 0;
@@ -193,7 +174,7 @@ static void *worker(void *number) {
     }
     seen = step_of(head);
     if (atomic_load(&job.stop)) return NULL;
-    run(seen, (int32_t)(uint32_t)head, (int)(intptr_t)number, &me, NULL);
+    run(seen, (int32_t)(uint32_t)head, (int)(intptr_t)number, NULL);
     look_around(&me);
   }
 }
@@ -237,7 +218,7 @@ static int restart(int n, int32_t stages) {
   cpu_set_t usable;
   CPU_ZERO(&usable);
   sched_getaffinity(0, sizeof usable, &usable);
-  crowded_always = n > CPU_COUNT(&usable);
+  crowded_always = CPU_COUNT(&usable) && n > CPU_COUNT(&usable);
   for (; started < n && !pthread_create(&threads[started], NULL, worker, (void *)(intptr_t)started); started++)
     if (pinned) pin(threads[started], started, &usable);
   return started;
@@ -274,8 +255,7 @@ int il_step(const il_call *calls, int32_t n, const int32_t *dims, uint64_t *ns) 
     atomic_store_explicit(&job.stages[i].size, pack(step + 1, (uint32_t)size), memory_order_relaxed);
   }
   publish(n);
-  run(step, n, 0, &caller, ns);
-  look_around(&caller);
+  run(step, n, 0, ns);
   pthread_mutex_unlock(&step_lock);
   return 0;
 }
