@@ -48,8 +48,8 @@ class _Quantized(Matmul):
         self.n, self.k, self.group = (int(str(self.node.attrs[name])) for name in ("n", "k", "group"))
         format = str(self.node.attrs["format"])
         if scale is None or format not in SHIFT:
-            raise UnsupportedError(f"{self.node.loc}: products of integers are not those of {format} weights and float "
-                                   "activations: weight_only.py")
+            raise UnsupportedError(f"{self.node.loc}: the CPU target has no kernel of {format} weights and int8 activations; "
+                                   "leave activations as floats")
         self.shift, self.products = SHIFT[format], products(isa, format == "int4")
         self.x, self.packed, self.scales, self.sums = (body.inputs.index(_value(v)) for v in (x, packed, scales, sums))
         self.scale, self.offsets, self.added = scale, offsets, bias

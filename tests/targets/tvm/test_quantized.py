@@ -108,6 +108,11 @@ def test_sums_of_integers_are_exact(kernels: Kernels) -> None:
     assert np.array_equal(got, want)
 
 
+def test_fp8_by_integers_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="no kernel of fp8 weights and int8 activations"):
+        Kernels("matmul", {"k": plain(64, 64, "fp8")})
+
+
 def test_narrow_activations_are_refused() -> None:
     """Weights alone are multiplied by float32."""
     def body(b: Builder) -> Sequence[Value]:
