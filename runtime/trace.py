@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import NamedTuple
 
+from inferloom.runtime.errors import RequestError
 from inferloom.runtime.manifest import Kernel
 
 #: What a step consists of, in order. "kernels" is the call into the device; the rest is Python. Where there are drafts,
@@ -66,3 +67,31 @@ class Timeline:
             events.append({"ph": "X", "pid": 1, "tid": int(s.kernel is not None), "name": s.name,
                            "ts": (s.start - first) / 1000, "dur": s.ns / 1000, "args": about})
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}))
+
+
+class Recording:
+    """The next `steps` steps of an engine, whose `trace` this is, in a file: written after them, or by `finish`.
+
+    RequestError when the file cannot be written, before anything runs.
+    """
+
+    def __init__(self, trace: Callable[[Timeline | None], None], path: str | os.PathLike[str], steps: int) -> None:
+        try:
+            Path(path).touch()
+        except OSError as error:
+            raise RequestError(f"the trace cannot be written to {path}: {error.strerror or error}") from None
+        self._trace, self._path, self._steps = trace, path, steps
+        self._line: Timeline | None = Timeline()
+        trace(self._line)
+
+    def tick(self) -> None:
+        """A step is over."""
+        if self._line is not None and self._line.steps >= self._steps:
+            self.finish()
+
+    def finish(self) -> None:
+        """Stop and write, once."""
+        if self._line is not None:
+            self._trace(None)
+            self._line.write(self._path)
+            self._line = None

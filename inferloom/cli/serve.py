@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from inferloom.cli.console import err, human_bytes, progress
 from inferloom.errors import MissingExtraError, UsageError
 
 _PACKAGES = ("starlette", "uvicorn", "pydantic", "msgspec", "prometheus_client", "structlog", "llguidance")
+_OTEL = "opentelemetry.exporter.otlp.proto.http"
 
 
 def _option(name: str, help_: str, **more: Any) -> Any:
@@ -68,6 +71,14 @@ def serve(
     num_speculative_tokens: Annotated[int | None, _option("--num-speculative-tokens", "Most tokens drafted at once; 4 if not "
                                                           "given.", min=1, show_default=False)] = None,
     vllm_metrics: Annotated[bool, _option("--vllm-metrics", "Give metrics under vLLM's names, too.")] = False,
+    otel_endpoint: Annotated[str | None, _option(
+        "--otel-endpoint", "OpenTelemetry collector (OTLP over HTTP) that gets a span for each request; also "
+        "OTEL_EXPORTER_OTLP_ENDPOINT.", metavar="URL", show_default=False)] = None,
+    trace: Annotated[Path | None, _option("--trace", "Write phases and kernels of the first steps as a trace for "
+                                          "https://ui.perfetto.dev; with several models, one file each.",
+                                          metavar="FILE", show_default=False)] = None,
+    trace_steps: Annotated[int, _option("--trace-steps", "Steps that --trace writes; fewer if the server ends before.",
+                                        min=1)] = 1000,
     log_level: Annotated[str, _option("--log-level", "debug, info, warning or error.")] = "info",
     chip: options.Chip = "cpu",
     dtype: options.Dtype = "bf16",
@@ -98,15 +109,16 @@ def serve(
         raise UsageError("--disk-bytes needs --state-dir")
     if not enable_prefix_caching and (ram_bytes or state_dir):
         raise UsageError("--ram-bytes and --state-dir keep cached state, and --no-enable-prefix-caching leaves none")
+    collects = collector(otel_endpoint)
     settings = Settings(
         host=host, port=port, api_keys=tuple(api_key or ()), allowed_hosts=tuple(allowed_hosts or ()),
         allowed_origins=tuple(allowed_origins or ()), max_queue=max_queue, max_body_bytes=options.parse_bytes(max_body),
         max_logprobs=max_logprobs, drain_timeout=drain_timeout, keep_alive=keep_alive,
         send_timeout=send_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
-        log_level=log_level)
+        log_level=log_level, otel_endpoint=collects)
     compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
                                          kv_dtype)
-    wanted = []
+    wanted: list[ModelSettings] = []
     for path, names in zip(models, _names(models, served_model_name or []), strict=True):
         with progress(f"opening {path}") as report:
             artifact = resolve(path, compiling, report)
@@ -115,7 +127,8 @@ def serve(
             str(artifact), names, None if memory is None else options.parse_bytes(memory), threads, gpu, max_num_seqs,
             max_num_batched_tokens, enable_prefix_caching, seed, tool_call_parser, reasoning_parser,
             0 if ram_bytes is None else options.parse_bytes(ram_bytes), None if state_dir is None else str(state_dir),
-            DEFAULT_DISK_BYTES if disk_bytes is None else options.parse_bytes(disk_bytes), drafts, pin))
+            DEFAULT_DISK_BYTES if disk_bytes is None else options.parse_bytes(disk_bytes), drafts, pin,
+            None if trace is None else str(_numbered(trace, len(wanted), len(models))), trace_steps))
     run(wanted, settings, _say)
 
 
@@ -126,6 +139,26 @@ def _names(models: list[Path], given: list[str]) -> list[tuple[str, ...]]:
     if given and len(given) != len(models):
         raise UsageError(f"{len(models)} models came with {len(given)} --served-model-name: give one each")
     return [(name,) for name in given] if given else [(path.resolve().name,) for path in models]
+
+
+def collector(endpoint: str | None) -> str | None:
+    """Where spans go: to `endpoint`, or where OpenTelemetry's own variables say; None for nowhere. MissingExtraError."""
+    env = os.environ
+    if env.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    endpoint = endpoint or env.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or env.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+    if endpoint is not None:
+        try:
+            import_module(_OTEL)
+        except ModuleNotFoundError:
+            raise MissingExtraError(f"spans for {endpoint} need OpenTelemetry; run: pip install 'inferloom[otel]', or set "
+                                    "OTEL_SDK_DISABLED=true") from None
+    return endpoint
+
+
+def _numbered(file: Path, at: int, count: int) -> Path:
+    """The file of one model of several."""
+    return file if count == 1 else file.with_stem(f"{file.stem}-{at + 1}")
 
 
 def _say(summaries: list[dict[str, object]], host: str, port: int) -> None:

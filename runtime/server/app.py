@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,18 @@ from inferloom.runtime.server.openapi import OpenApi
 from inferloom.runtime.server.page.files import PATHS, File
 from inferloom.runtime.server.parsers.choice import reasoning_parser, tool_parser
 from inferloom.runtime.server.settings import ModelSettings, Settings
+from inferloom.runtime.server.ticket import Ticket
+
+#: Told a request and why it has ended.
+Observe = Callable[[Ticket, str], None]
 
 
-def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Metrics) -> Models:
-    """Open artifacts, without starting engines. ArtifactError, RequestError when one cannot be served."""
+def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Metrics,
+                also: Callable[[str], Observe] | None = None) -> Models:
+    """Open artifacts, without starting engines; `also` makes who is told of a model's requests besides the metrics.
+
+    ArtifactError, RequestError when one cannot be served.
+    """
     made, names = list[Model](), set[str]()
     for each in wanted:
         if twice := names & set(each.names):
@@ -48,7 +56,8 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
         artifact = Artifact.open(each.path)
         if each.state_dir is not None:
             each = replace(each, state_dir=str(Path(each.state_dir).expanduser().absolute() / artifact.identity[:32]))
-        engine = EngineProcess(each, settings, metrics.of(each.names[0]))
+        observers = [of(each.names[0]) for of in (metrics.of, also) if of is not None]
+        engine = EngineProcess(each, settings, _all(observers))
         metrics.engines.append(engine)
         model = Model(artifact, each.names, engine, None, None)
         source = None if model.template is None else model.template.source
@@ -56,6 +65,14 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
         model.reasoning_parser = reasoning_parser(each.reasoning_parser, source)
         made.append(model)
     return Models(made)
+
+
+def _all(observers: Sequence[Observe]) -> Observe:
+    def observe(ticket: Ticket, reason: str) -> None:
+        for each in observers:
+            each(ticket, reason)
+
+    return observers[0] if len(observers) == 1 else observe
 
 
 def make_app(models: Models, settings: Settings, metrics: Metrics) -> Starlette:

@@ -113,7 +113,8 @@ class EngineProcess:
         watch = asyncio.create_task(self._watch(process))
         try:
             self._heard = time.monotonic()
-            self._writer.write(wire.frame(wire.Load(self.model.path, self._options(), BEAT)))
+            self._writer.write(wire.frame(wire.Load(self.model.path, self._options(), BEAT,
+                                                     self.model.trace, self.model.trace_steps)))
             return await self._read(reader, loaded)
         finally:
             watch.cancel()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import structlog
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.server import logs
@@ -40,22 +41,30 @@ def serve(models: Sequence[ModelSettings], settings: Settings, started: Started 
 
 async def _serve(wanted: Sequence[ModelSettings], settings: Settings, listener: socket.socket,
                  started: Started | None) -> None:
-    metrics = Metrics(settings.vllm_metrics)
-    models = open_models(wanted, settings, metrics)
+    metrics, spans = Metrics(settings.vllm_metrics), None
+    if settings.otel_endpoint is not None:
+        from inferloom.runtime.server.spans import Spans  # needs an extra
+
+        spans = Spans(settings.otel_endpoint)
+    models = open_models(wanted, settings, metrics, None if spans is None else spans.of)
     try:
         summaries = []
         for model in models.all:
             await model.engine.start()
             summaries.append(summary(model))
             _log.info("model loaded", **summaries[-1])
+        app: ASGIApp = make_app(models, settings, metrics)
         config = uvicorn.Config(
-            make_app(models, settings, metrics), log_config=None, access_log=False, server_header=False, lifespan="off",
-            limit_concurrency=settings.max_connections, timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10,
-            timeout_graceful_shutdown=int(settings.drain_timeout) or 1, proxy_headers=False)
+            app if spans is None else spans.middleware(app), log_config=None, access_log=False, server_header=False,
+            lifespan="off", limit_concurrency=settings.max_connections, timeout_keep_alive=75,
+            h11_max_incomplete_event_size=64 << 10, timeout_graceful_shutdown=int(settings.drain_timeout) or 1,
+            proxy_headers=False)
         server = _Server(config, lambda host, port: None if started is None else started(summaries, host, port))
         await server.serve(sockets=[listener])
     finally:
         await _stop(models)
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
     _log.info("stopped")
 
 

@@ -16,7 +16,7 @@ class ModelSettings:
 
     `ram_bytes`, `state_dir` and `disk_bytes` are the tiers below the pool: sessions are saved in a folder of the artifact's
     own inside `state_dir`. `tool_parser` and `reasoning_parser` are names of parsers, "auto" for what the chat template
-    suggests.
+    suggests. The first `trace_steps` steps are written to the file `trace`.
     """
 
     path: str
@@ -35,6 +35,8 @@ class ModelSettings:
     disk_bytes: int = DEFAULT_DISK_BYTES
     speculative: SpeculativeConfig | None = None
     pin: bool = False
+    trace: str | None = None
+    trace_steps: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Settings:
     drain_timeout: float = 30.0
     vllm_metrics: bool = False
     log_level: str = "info"
+    otel_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.api_keys and not self.local:

@@ -30,11 +30,14 @@ class Grammar(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, tag="load", frozen=True, array_like=True):
-    """First message: load the artifact at `path` with these options of `LLM`; `beat` seconds between signs of life."""
+    """First message: load the artifact at `path` with these options of `LLM`; `beat` seconds between signs of life. The
+    first `trace_steps` steps are written to the file `trace`."""
 
     path: str
     options: dict[str, Any]
     beat: float
+    trace: str | None = None
+    trace_steps: int = 0
 
 
 class Session(msgspec.Struct, frozen=True, array_like=True):

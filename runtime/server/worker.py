@@ -23,6 +23,7 @@ from inferloom.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from inferloom.runtime.server import wire
 from inferloom.runtime.speculative import SpeculativeConfig
 from inferloom.runtime.structured import Grammars
+from inferloom.runtime.trace import Recording
 
 #: Failures of a request that come from what it asked for.
 _OWN = ("no token is left", "grammar:")
@@ -51,6 +52,7 @@ class Worker:
         drafts = first.options.pop("speculative", None)
         self._llm = LLM(first.path, **first.options, speculative=None if drafts is None else SpeculativeConfig(**drafts))
         self._engine = engine = self._llm.engine
+        recording = None if first.trace is None else Recording(engine.trace, first.trace, first.trace_steps)
         self._grammars: Grammars | None = None
         self._send(wire.Ready(self._llm.device.num_blocks, engine.limits.seqs, engine.longest,
                               time.monotonic() - start))
@@ -61,11 +63,15 @@ class Worker:
                 message = self._work.get()
                 self._moved = time.monotonic()
                 if isinstance(message, wire.Stop):
+                    if recording is not None:
+                        recording.finish()
                     self._llm.close()
                     return
                 self._take(message)
             before = engine.stats().steps
             outputs = engine.step()
+            if recording is not None:
+                recording.tick()
             if self._waits:
                 self._note_starts()
             news = [self._update(output) for output in outputs]

@@ -141,6 +141,25 @@ def test_a_conversation(server: Server) -> None:
     page.close()
 
 
+def test_a_model_without_a_template_continues_text(start: Callable[..., Server], demo_bf16: Path) -> None:
+    server = start("--served-model-name", "plain", artifact=demo_bf16)
+    page = Page(server.url)
+    page.until(lambda: "has no chat template" in page("#empty").text)
+    assert page("#prompt").get_attribute("placeholder") == "Text to continue" and not page("#system").is_enabled()
+    page.set("#temperature", "0")
+    page.set("#most", "16")
+    page.ask("def read_lines(path):")
+    page.done()
+    asked = {"prompt": "def read_lines(path):", "max_tokens": 16, "temperature": 0}
+    first = httpx.post(server.url + "/v1/completions", json=asked).json()["choices"][0]["text"]
+    assert page.answer() == first
+    page.ask("# and")
+    page.done()
+    asked["prompt"] = f"def read_lines(path):{first}# and"
+    assert page.answer() == httpx.post(server.url + "/v1/completions", json=asked).json()["choices"][0]["text"]
+    page.close()
+
+
 def test_stop_frees_the_request(server: Server) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -171,7 +190,7 @@ def test_a_session_waits_and_goes_on(start: Callable[..., Server], tmp_path: Pat
     page.until(lambda: page("#session").get_attribute("value"))
     page.set("#session", "walk")
     page.set("#most", "64")
-    page.ask("from collections import deque\n" * 4)
+    page.ask("from collections import deque, " * 4)
     page.done()
     row = page.until(lambda: page.all("#sessions-rows tr"))[0]
     assert row.text.startswith("walk") and "in the pool" in row.text
