@@ -22,13 +22,14 @@ from inferloom.compiler.frontends.paths import is_gguf, is_onnx
 from inferloom.compiler.kernels import Selection, select_kernels
 from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
-from inferloom.compiler.plan import Placement, Plan, Rows, align, plan_memory, tensor_bytes
+from inferloom.compiler.plan import Placement, Plan, Rows, align, plan_memory, row_elements, tensor_bytes
 from inferloom.compiler.plugins import Plugin
 from inferloom.compiler.quantization.keep import keep
 from inferloom.compiler.quantization.recipe import Recipe, recipe
 from inferloom.compiler.quantization.scheme import Scheme
 from inferloom.compiler.report import Report
 from inferloom.compiler.state import Place
+from inferloom.compiler.task import Task, check_task, for_task
 from inferloom.compiler.weights import weight_buffers
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
@@ -56,7 +57,8 @@ class BuildOptions:
     """Limits of an artifact: tokens and sequences of one step, tokens of one sequence and of one block.
 
     `batch_invariant`: a sequence's bits do not depend on its batch (always so on CPUs; slower on GPUs). `kv_dtype`: what
-    keys and values are kept in, if not in `dtype`. `given`: options as the user wrote them, for the manifest.
+    keys and values are kept in, if not in `dtype`. `given`: options as the user wrote them, for the manifest. `task`: what a
+    step gives, see compiler/task.py.
     """
 
     dtype: str = "bf16"
@@ -69,6 +71,12 @@ class BuildOptions:
     recipe: Recipe = field(default_factory=Recipe)
     kv_dtype: str | None = None
     given: Mapping[str, str] = field(default_factory=dict)
+    task: Task = "generate"
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that a step gives: logits of a token of each sequence, or hidden states of all tokens."""
+        return self.max_seqs if self.task == "generate" else self.max_tokens
 
     def check(self, target: Target) -> None:
         """UnsupportedError on a dtype or a quantisation that the target lacks, or a limit that makes no sense."""
@@ -109,7 +117,8 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
                   max_model_len: int | None = None, max_tokens: int = 2048, max_seqs: int = 64,
                   block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
                   quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
-                  quant_activations: str | None = None, kv_dtype: str | None = None, progress: Progress | None = None) -> Path:
+                  quant_activations: str | None = None, kv_dtype: str | None = None, task: str = "generate",
+                  progress: Progress | None = None) -> Path:
     """Compile a checkpoint directory, an ONNX file (or a `TracedModel`) for a chip into the artifact directory `out`.
 
     `passes` are files or names as compiler/plugins.py knows them; `quant` and its like are those of
@@ -122,11 +131,12 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
         ("quant", quant), ("quant_head", quant_head), ("quant_embedding", quant_embedding),
         ("quant_activations", quant_activations), ("kv_dtype", kv_dtype)) if value is not None}
     options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes),
-                           recipe(quant, quant_head, quant_embedding, quant_activations), kv_dtype, given)
+                           recipe(quant, quant_head, quant_embedding, quant_activations), kv_dtype, given, check_task(task))
     target = target_for(find(chip), batch_invariant)
     options.check(target)
     say("tracing the model")
-    model = model_or_path if isinstance(model_or_path, TracedModel) else load(model_or_path, max_model_len)
+    model = (_for_task(model_or_path, options.task) if isinstance(model_or_path, TracedModel)
+             else load(model_or_path, max_model_len, options.task))
     for note in model.notes:
         say(f"note: {note}")
     compiled = compile_graph(model, target, options, say)
@@ -140,17 +150,21 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
     return final
 
 
-def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
+def load(path: str | Path, max_model_len: int | None = None, task: Task = "generate") -> TracedModel:
     """The model at a path, by the front end that reads it."""
     if is_gguf(Path(path)):
         from inferloom.compiler.frontends.gguf import loader as gguf
 
-        return gguf.load(path, max_model_len)
+        return gguf.load(path, max_model_len, task)
     if not is_onnx(Path(path)):
-        return huggingface.load(path, max_model_len)
+        return huggingface.load(path, max_model_len, task)
     from inferloom.compiler.frontends.onnx import loader  # the onnx package is an extra of its own
 
-    return loader.load(path, max_model_len)
+    return _for_task(loader.load(path, max_model_len), task)
+
+
+def _for_task(model: TracedModel, task: Task) -> TracedModel:
+    return replace(model, graph=for_task(model.graph, task))
 
 
 def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say: Progress) -> Compiled:
@@ -170,13 +184,14 @@ def compile_graph(model: TracedModel, target: Target, options: BuildOptions, say
     graph = lower(model.graph, Options(DTYPES[options.dtype], packing, wanted.gate_columns, wanted.prologue,
                                        options.block_tokens, options.max_tokens, options.max_seqs, blocks,
                                        options.plugins, wanted.inputs.get(DTYPES[options.dtype]),
-                                       replace(options.recipe, stored=stored), KV_DTYPES.get(options.kv_dtype or "")),
+                                       replace(options.recipe, stored=stored), KV_DTYPES.get(options.kv_dtype or ""),
+                                       options.max_rows),
                   report, dump)
     plan = plan_memory(graph, Rows(wanted.row_align, wanted.avoid))
     selection = select_kernels(plan)
     say(f"generating {len(selection.sources)} kernels for {len(selection.calls)} calls a step ({target.chip.name})")
     place = plan.places[graph.outputs[0]]
-    logits = Logits(options.max_seqs, model.vocab_size, place.ld)
+    logits = Logits(options.max_rows, model.vocab_size, place.ld) if options.task == "generate" else None
     return Compiled(graph, plan, selection, target.compile_kernels(selection.sources, logits, say), report, dump)
 
 
@@ -232,8 +247,9 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
     scratch = align(plan.workspace, 256)  # tensor descriptors lie on 128 bytes
     blocks = -(-model.max_model_len // options.block_tokens)
     facts = tuple(fact.name for fact in FACTS if fact.name in {v.name for v in compiled.graph.inputs})
-    dims = m.Dims(options.max_tokens, options.max_seqs, options.max_seqs, blocks, facts)  # type: ignore[arg-type]
+    dims = m.Dims(options.max_tokens, options.max_seqs, options.max_rows, blocks, facts)  # type: ignore[arg-type]
     logits = plan.places[compiled.graph.outputs[0]]
+    width = row_elements(compiled.graph.outputs[0].type)  # type: ignore[arg-type]
     tiles = m.Tiles(*module.tiles)
     kernels = tuple(m.Kernel(k.symbol, k.kind, compiled.selection.locations[k.source] if k.source >= 0 else (),
                              m.Grid(k.grid.dim, k.grid.tile, k.grid.mult),
@@ -261,12 +277,13 @@ def describe(model: TracedModel, target: Target, options: BuildOptions, compiled
         dims=dims, tiles=tiles, state=state,
         memory=m.Memory(plan.weight_bytes, scratch + module.scratch, m.inputs_layout(dims, tiles, state)[1],
                         plan.bytes_per_block),
-        output=m.Output("logits", logits.offset, logits.ld, model.vocab_size, top), kernels=kernels, plan=tuple(calls),
+        output=m.Output("logits" if options.task == "generate" else "hidden", logits.offset, logits.ld, width, top),
+        kernels=kernels, plan=tuple(calls),
         weights=m.WeightsInfo(WEIGHTS_FILE, data_offset, plan.weight_bytes),
         numerics={**target.numerics(), "matmul_inputs": str(DTYPES[options.dtype]), **_quantization(compiled.graph),
                   **({"options": dict(options.given)} if options.given else {}),
                   **({"passes": ", ".join(f"{p.name} {p.digest}" for p in options.plugins)} if options.plugins else {})},
-        files={})
+        files={}, task=options.task)
 
 
 def _quantization(graph: Graph) -> dict[str, dict[str, int]]:

@@ -51,6 +51,7 @@ class Options:
     inputs: DType | None = None
     recipe: Recipe = field(default_factory=Recipe)
     kv_dtype: DType | None = None
+    max_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def steps(options: Options) -> tuple[Step, ...]:
     page = partial(page_state.run, dtype=options.kv_dtype or options.dtype, block_tokens=options.block_tokens,
                    seqs=options.max_seqs, blocks_per_seq=options.blocks_per_seq)
     variants = [p.variant for p in options.plugins if p.variant is not None]
-    bounds = {"tokens": options.max_tokens, "rows": options.max_seqs}
+    bounds = {"tokens": options.max_tokens, "rows": options.max_rows or options.max_seqs}
     return (
         Step("bind-dims", partial(bind_dims.run, bounds=bounds), "model", "every later pass sees the artifact's limits"),
         Step("canonicalize", canonicalize.run, "model", "patterns below are written for canonical form"),

@@ -46,6 +46,7 @@ class CompileOptions:
     quant_embedding: str | None = None
     quant_activations: str | None = None
     kv_dtype: str | None = None
+    task: str = "generate"
 
 
 def is_artifact(path: Path) -> bool:

@@ -12,6 +12,7 @@ from inferloom.runtime.device.base import Device, memory_needed
 from inferloom.runtime.device.cpu import CpuDevice
 from inferloom.runtime.device.gpu import GpuDevice
 from inferloom.runtime.errors import RequestError
+from inferloom.runtime.pooling import check_task
 from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.request import Sequence
 from inferloom.runtime.sampler import best_of, sample
@@ -47,6 +48,7 @@ class DraftModel:
              gpu: int = 0, prefix_caching: bool = True, pin: bool = False) -> DraftModel:
         """Load an artifact as the draft model of another. RequestError when it cannot be that."""
         m, wanted = artifact.manifest, target.manifest
+        check_task(m.task, "generate")
         limits = Limits.of(m)
         check_speculation(limits, f"the draft model {m.model.name}")
         theirs, ours = (x.files[_TOKENIZER].blake3 if _TOKENIZER in x.files else None for x in (wanted, m))

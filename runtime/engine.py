@@ -21,6 +21,7 @@ from inferloom.runtime.guide import Guide
 from inferloom.runtime.leases import Leases
 from inferloom.runtime.outputs import CompletionOutput, Logprob, RequestOutput, TokenIds
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.pooling import Pool, check_task
 from inferloom.runtime.prefix_cache import Below, PrefixCache
 from inferloom.runtime.request import Request, Sequence
 from inferloom.runtime.sampler import Rows, best_of, sample, token_logprobs
@@ -63,15 +64,18 @@ class Engine:
 
     `salt` separates prefix caches; without `prefix_caching` nothing is shared. `tiers` are the places for state below the
     pool; leases together hold at most the share `leased` of it. A `proposer` makes drafts of what comes next, see
-    runtime/speculative.py. Not thread-safe: see AsyncLLM.
+    runtime/speculative.py. What the device gives is for the `task`: logits to "generate", or hidden states to
+    "embed". Not thread-safe: see AsyncLLM.
     """
 
     def __init__(self, device: Device, limits: Limits, vocab_size: int, tokenizer: Tokenizer | None = None,
                  eos_token_ids: Seq[int] = (), prefix_caching: bool = True, salt: bytes = b"",
                  seed: int | None = None, tiers: Tiers | None = None, leased: float = 0.5,
-                 clock: Callable[[], float] = time.monotonic, proposer: Proposer | None = None) -> None:
+                 clock: Callable[[], float] = time.monotonic, proposer: Proposer | None = None,
+                 task: str = "generate") -> None:
         if proposer is not None:
             check_speculation(limits, "the model")
+        self.task = task
         self._proposer, self._drafted, self._accepted = proposer, 0, 0
         self.device, self.limits, self.vocab_size, self.tokenizer = device, limits, vocab_size, tokenizer
         self.eos = frozenset(eos_token_ids)
@@ -100,24 +104,13 @@ class Engine:
         `session` remembers what it has computed under that name, and `hold` lets that wait for so many seconds, in `place`
         (see Sessions.hold); its last output has the outcome. RequestError when it can never run; nothing is queued then.
         """
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use")
-        if not len(prompt_ids):
-            raise RequestError("the prompt is empty: give at least one token")
-        if not all(isinstance(t, (int, np.integer)) for t in prompt_ids):
-            raise RequestError("token ids must be integers")
-        bad = [t for t in prompt_ids if not 0 <= t < self.vocab_size]
-        if bad:
-            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
+        self._check(request_id, prompt_ids, "generate")
         if any(not 0 <= t < self.vocab_size for t in (*params.logit_bias, *params.stop_token_ids)):
             raise RequestError(f"logit_bias and stop_token_ids must be inside the vocabulary of {self.vocab_size}")
         if len(prompt_ids) >= self.longest:
             raise RequestError(f"the prompt has {len(prompt_ids)} tokens; with room for one more, at most "
                                f"{self.longest - 1} fit (max_model_len {self.limits.max_model_len}, "
                                f"{self.device.num_blocks} blocks of {self.limits.block_tokens} tokens)")
-        if self.limits.whole_prompts and len(prompt_ids) > self.limits.tokens:
-            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, which see each other and so must be computed in "
-                               f"one step, and a step has room for {self.limits.tokens}: compile with a larger max_tokens")
         rows = self.limits.rows
         if self.limits.whole_prompts and params.prompt_logprobs is not None and rows is not None and len(prompt_ids) > rows:
             raise RequestError(f"the prompt has {len(prompt_ids)} tokens, which see each other, and a step gives {rows} rows "
@@ -146,6 +139,39 @@ class Engine:
                 sequence.text = Detokenizer(self._pieces[params.skip_special_tokens], request.prompt_ids, params.stop,
                                             params.include_stop_str_in_output)
             self.scheduler.add(sequence)
+
+    def add_embedding(self, request_id: str, prompt_ids: Seq[int], pooling: str = "last", priority: int = 0,
+                      salt: bytes = b"") -> None:
+        """Queue a prompt to be embedded: its one output has the hidden states of the last token, or the mean of all.
+
+        RequestError when it can never run; nothing is queued then.
+        """
+        self._check(request_id, prompt_ids, "embed")
+        if len(prompt_ids) > self.longest:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, and at most {self.longest} fit")
+        request = Request(request_id, None, tuple(int(t) for t in prompt_ids), SamplingParams(), next(self._arrivals),
+                          priority, salt, most=len(prompt_ids), pool=Pool(pooling))
+        self._requests[request_id] = request
+        (sequence,) = request.sequences
+        if self.limits.facts:
+            sequence.facts = Facts(self.limits.facts, len(prompt_ids), self.eos)
+        self.scheduler.add(sequence)
+
+    def _check(self, request_id: str, prompt_ids: Seq[int], task: str) -> None:
+        """RequestError for what is wrong with any request."""
+        check_task(self.task, task)
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use")
+        if not len(prompt_ids):
+            raise RequestError("the prompt is empty: give at least one token")
+        if not all(isinstance(t, (int, np.integer)) for t in prompt_ids):
+            raise RequestError("token ids must be integers")
+        bad = [t for t in prompt_ids if not 0 <= t < self.vocab_size]
+        if bad:
+            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
+        if self.limits.whole_prompts and len(prompt_ids) > self.limits.tokens:
+            raise RequestError(f"the prompt has {len(prompt_ids)} tokens, which see each other and so must be computed in "
+                               f"one step, and a step has room for {self.limits.tokens}: compile with a larger max_tokens")
 
     def trace(self, timeline: Timeline | None) -> None:
         """Record the steps from here on there; None stops it."""
@@ -231,6 +257,9 @@ class Engine:
             if sequence.finish_reason is not None:
                 continue  # ended by the failure of another sample of its request
             try:
+                if request.pool is not None:
+                    self._pool(request.pool, item, np.asarray(logits)[first:row])
+                    continue
                 for position in item.scored:
                     at, token = first + position - item.scored.start, request.prompt_ids[position + 1]
                     request.prompt_logprobs.append(token_logprobs(logits[at], token, request.params.prompt_logprobs or 0))
@@ -241,6 +270,13 @@ class Engine:
                 request.error = str(error) or repr(error)
                 self._end_all(request)
         return news
+
+    def _pool(self, pool: Pool, item: Work, rows: np.ndarray) -> None:
+        """Take the hidden states that are wanted of the item's tokens."""
+        pool.add(rows)
+        if item.samples:
+            item.sequence.request.embedding = pool.vector()
+            self._end(item.sequence, "stop", None)
 
     def _take(self, item: Work, logits: Rows, row: int, best: list[int], finite: list[bool]) -> None:
         """Sample from the item's rows, of which `row` is the first, as long as the drafts say the same."""
@@ -336,7 +372,7 @@ class Engine:
         return RequestOutput(request.id, request.prompt, request.prompt_ids, tuple(samples), finished,
                              request.cached_tokens, request.error,
                              None if request.params.prompt_logprobs is None else tuple(request.prompt_logprobs),
-                             request.held)
+                             request.held, request.embedding)
 
     def stats(self) -> Stats:
         cache = self.cache

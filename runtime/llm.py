@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from inferloom.runtime.artifact import Artifact
@@ -24,6 +25,7 @@ from inferloom.runtime.facts import Facts
 from inferloom.runtime.manifest import KERNELS_FILE, Manifest
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.pooling import check_task, shortened
 from inferloom.runtime.scheduler import Limits
 from inferloom.runtime.speculative import NgramProposer, Proposer, SpeculativeConfig, check_speculation
 from inferloom.runtime.state import Group, Held, Tables
@@ -61,6 +63,8 @@ class LLM:
         m = self.manifest = self.artifact.manifest
         limits = Limits.of(m, _at_most("max_num_batched_tokens", max_num_batched_tokens, m.dims.tokens),
                            _at_most("max_num_seqs", max_num_seqs, min(m.dims.seqs, m.dims.rows)))
+        if speculative is not None:
+            check_task(m.task, "generate")
         config = None if speculative is None else SpeculativeConfig.of(speculative)
         if config is not None:
             check_speculation(limits, m.model.name)
@@ -92,7 +96,7 @@ class LLM:
         finally:
             beside.shutdown()
         self.engine = Engine(self.device, limits, m.model.vocab_size, self.tokenizer, m.model.eos_token_ids,
-                             enable_prefix_caching, salt, seed, tiers, proposer=proposer)
+                             enable_prefix_caching, salt, seed, tiers, proposer=proposer, task=m.task)
         self._count = 0
 
     def _open_proposer(self, config: SpeculativeConfig, memory_bytes: int | None, threads: int | None, gpu: int,
@@ -146,6 +150,32 @@ class LLM:
             raise
         return [done[name] for name in ids]
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str = "last", normalize: bool = True) -> NDArray[np.float32]:
+        """Embeddings f32 [prompts, hidden] of texts or token ids, one or many, in their order.
+
+        `pooling` is "last", the final hidden state of a prompt's last token, or "mean", that of all its tokens; vectors
+        have length 1 if `normalize`. A vector's bits depend on its prompt alone. RequestError for an artifact that was not
+        compiled for it, or when a prompt cannot be served.
+        """
+        vectors: dict[str, NDArray[np.float32]] = {}
+        ids: list[str] = []
+        try:
+            for prompt in _prompts(prompts):
+                self._count += 1
+                tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                self.engine.add_embedding(str(self._count), tokens, pooling)
+                ids.append(str(self._count))
+            while len(vectors) < len(ids):
+                for output in self.engine.step():
+                    if output.embedding is None:
+                        raise RequestError(f"prompt {ids.index(output.request_id)} failed: {output.error}")
+                    vectors[output.request_id] = shortened(output.embedding, normalize=normalize)
+        except BaseException:
+            for name in ids:
+                self.engine.abort(name)
+            raise
+        return np.array([vectors[name] for name in ids], np.float32).reshape(len(ids), self.manifest.output.vocab)
+
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, *,
              on_output: Callable[[RequestOutput], None] | None = None) -> RequestOutput:
         """Answer a conversation through the artifact's chat template. RequestError when it has none."""
@@ -170,6 +200,7 @@ class LLM:
         taken as one. RequestError when the sequence does not fit.
         """
         m, engine = self.manifest, self.engine
+        check_task(m.task, "generate")
         ids = np.asarray(token_ids, np.int32)
         if ids.ndim != 1 or not 1 <= len(ids) <= engine.longest:
             raise RequestError(f"token_ids must be 1 to {engine.longest} ids")

@@ -167,7 +167,10 @@ class Top:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where the f32 logits [rows, vocab] lie: byte offset in the workspace, row stride `ld` in elements."""
+    """Where the f32 logits [rows, vocab] lie: byte offset in the workspace, row stride `ld` in elements.
+
+    Of an artifact that embeds they are hidden states, `vocab` is their size, and there is no `top`.
+    """
 
     name: str
     offset: int
@@ -243,7 +246,8 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The manifest of one artifact. `files` is empty until the artifact is sealed."""
+    """The manifest of one artifact. `files` is empty until the artifact is sealed. What its `task` is, a step gives:
+    logits to generate from, or the final hidden states to embed with."""
 
     schema: int
     abi: int
@@ -260,6 +264,7 @@ class Manifest:
     weights: WeightsInfo
     numerics: dict[str, Any]
     files: dict[str, FileInfo]
+    task: Literal["generate", "embed"] = "generate"
 
     @staticmethod
     def from_json(data: object) -> Manifest:
@@ -364,6 +369,8 @@ def _problems(m: Manifest) -> Iterator[str]:
         yield "output must have 1 <= vocab <= ld and an offset that is a multiple of 4"
     if out.offset + m.dims.rows * out.ld * 4 > m.memory.workspace:
         yield f"output: {m.dims.rows} rows of {out.ld} floats at {out.offset} leave memory.workspace"
+    if out.top is not None and m.task != "generate":
+        yield f"output.top goes with the task generate, not {m.task}"
     if out.top is not None:
         places = ((out.top.keys, out.top.count * 8), (out.top.stats, 8))
         if not (out.top.count >= 1 and out.top.keys + m.dims.rows * out.top.count * 8 <= out.top.stats):

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from inferloom.runtime.leases import Outcome
 
 
@@ -75,7 +78,8 @@ class RequestOutput:
     """All samples of a request so far; `error` says why a request failed.
 
     `prompt_logprobs`, if they were asked for, has an entry for each token of the prompt; the first token has None. `held`:
-    what became of the wish to hold its session, once that is known.
+    what became of the wish to hold its session, once that is known. `embedding` f32 [hidden]: what was pooled, if the
+    request was to embed.
     """
 
     request_id: str
@@ -87,3 +91,4 @@ class RequestOutput:
     error: str | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     held: Outcome | None = None
+    embedding: NDArray[np.float32] | None = None

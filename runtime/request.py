@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from inferloom.runtime.detokenizer import Detokenizer
 from inferloom.runtime.facts import Facts
 from inferloom.runtime.guide import Guide
 from inferloom.runtime.leases import Outcome
 from inferloom.runtime.outputs import Logprob
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.pooling import Pool
 from inferloom.runtime.state import Held
 
 
@@ -44,11 +48,12 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     def rows(self, count: int) -> range:
-        """Positions among the next `count` whose logits say how likely the prompt's next token was, if that is asked."""
+        """Positions among the next `count` whose logits say how likely the prompt's next token was, if that is asked; or
+        whose hidden states are wanted for a mean."""
         request = self.request
-        if request.params.prompt_logprobs is None or self.index:
+        if not request.scores or self.index:
             return range(0)
-        return range(max(self.computed, len(request.prompt_logprobs) - 1),
+        return range(max(self.computed, request.scored),
                      min(self.computed + count, len(request.prompt_ids) - 1))
 
     @property
@@ -63,7 +68,7 @@ class Request:
     `held` is what became of that.
 
     A sample ends with one of the tokens `ends`, but not before it has `least` tokens; or when it has `most`; its prompt's
-    count too.
+    count too. With a `pool` nothing is sampled: the prompt is embedded.
     """
 
     id: str
@@ -85,12 +90,21 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
     held: Outcome | None = None
+    pool: Pool | None = None
+    embedding: NDArray[np.float32] | None = None
     plain: bool = field(init=False)
     sharpness: float = field(init=False)  # 1 / temperature, 1 if that is 0
+    scores: bool = field(init=False)  # whether all rows of the prompt are wanted
 
     def __post_init__(self) -> None:
-        self.plain, self.sharpness = self.params.plain, 1 / (self.params.temperature or 1)
+        self.plain, self.sharpness = self.params.plain and self.pool is None, 1 / (self.params.temperature or 1)
+        self.scores = self.params.prompt_logprobs is not None if self.pool is None else self.pool.mean
         self.sequences = [Sequence(self, i, list(self.prompt_ids)) for i in range(self.params.n)]
+
+    @property
+    def scored(self) -> int:
+        """Rows of the prompt that were wanted and have come."""
+        return len(self.prompt_logprobs) - 1 if self.pool is None else self.pool.count
 
     @property
     def finished(self) -> bool:

@@ -213,8 +213,11 @@ class Target(Protocol):
         """Distributions whose versions decide the artifact's bytes."""
         ...
 
-    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
-        """Generate and compile all kernels. UnsupportedError for what the target cannot lower."""
+    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits | None, say: Progress) -> CompiledModule:
+        """Generate and compile all kernels, and those that sampling from `logits` needs.
+
+        UnsupportedError for what the target cannot lower.
+        """
         ...
 
     def numerics(self) -> dict[str, Any]:

@@ -79,6 +79,15 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def tiny_embed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint compiled for this CPU in fp32, to embed."""
+    import inferloom
+
+    return inferloom.compile(tiny_checkpoint, dtype="fp32", out=tmp_path_factory.mktemp("artifact") / "tiny-embed",
+                             max_tokens=64, max_seqs=8, task="embed")
+
+
+@pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model that ships in models/demo."""
     return DEMO

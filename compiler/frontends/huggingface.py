@@ -32,6 +32,7 @@ from inferloom.compiler.frontends.weights import (
     resolve,
 )
 from inferloom.compiler.quantization.rows import StoredWeights
+from inferloom.compiler.task import Task, for_task
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph
 from inferloom.ir.types import Sym
@@ -63,7 +64,7 @@ class TracedModel:
     quantized: StoredWeights | None = None
 
 
-def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> TracedModel:
+def load(checkpoint_dir: str | Path, max_model_len: int | None = None, task: Task = "generate") -> TracedModel:
     """Trace the checkpoint in a folder; see the module's docstring.
 
     Raises UnsupportedError for what cannot be compiled: an unknown architecture or operator, pickled weights,
@@ -77,7 +78,8 @@ def load(checkpoint_dir: str | Path, max_model_len: int | None = None) -> Traced
         held, notes = decode(quantization, held, folder)
     eos, bos = special_ids(config, folder)
     files = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
-    return trace_checkpoint(Checkpoint(config, held, folder.resolve().name, str(folder), eos, bos, files, notes), max_model_len)
+    return trace_checkpoint(Checkpoint(config, held, folder.resolve().name, str(folder), eos, bos, files, notes),
+                            max_model_len, task)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,16 +99,17 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def trace_checkpoint(checkpoint: Checkpoint, max_model_len: int | None = None) -> TracedModel:
-    """Trace the model of a checkpoint, and find each of its parameters."""
+def trace_checkpoint(checkpoint: Checkpoint, max_model_len: int | None = None, task: Task = "generate") -> TracedModel:
+    """Trace the model of a checkpoint, and find each of its parameters: to embed, the checkpoint needs no LM head."""
     c, config = checkpoint, checkpoint.config
     length = model_length(config, max_model_len)
     notes = fix_rope(config, length)
     traced, model = trace_config(config, stored=lambda model: stored_buffers(model, c.tensors))
+    graph = for_task(traced.imported.graph, task)
     wanted = {p.source: tuple(int(str(d)) for d in p.value.type.shape)  # type: ignore[union-attr]
-              for p in traced.imported.graph.params if not p.source.startswith("buffer:")}
+              for p in graph.params if not p.source.startswith("buffer:")}
     where = resolve(named(model, c.tensors), wanted, tied_names(model), c.where)
-    return TracedModel(traced.imported.graph, CheckpointSource(where, traced.imported.buffers), c.name, type(model).__name__,
+    return TracedModel(graph, CheckpointSource(where, traced.imported.buffers), c.name, type(model).__name__,
                        int(config.vocab_size), length, c.eos_token_ids, c.bos_token_id, dict(c.tokenizer_files),
                        (*c.notes, *notes, *traced.notes), stored_weights(where))
 

@@ -13,6 +13,7 @@ import typer
 from inferloom.cache import CompileOptions, compile_cached, size_on_disk
 from inferloom.cli import options
 from inferloom.cli.console import emit, human_bytes, out, progress, quantized, set_json
+from inferloom.errors import UsageError
 
 if TYPE_CHECKING:
     from inferloom.loss import Loss
@@ -36,6 +37,7 @@ def compile_(
     quant_embedding: options.QuantEmbedding = None,
     quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
+    task: options.Task = "generate",
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     report_loss: Annotated[bool, typer.Option(
         "--report-loss", help="Compile the checkpoint in fp32 too, let both predict a text, and say what is lost.")] = False,
@@ -47,14 +49,17 @@ def compile_(
     set_json(json_)
     import inferloom.api
 
-    options.compile_options(chip, dtype, max_model_len)
+    options.compile_options(chip, dtype, max_model_len, task)
+    if task != "generate" and (report_loss or loss_text):
+        raise UsageError("--report-loss needs a model that predicts: leave it or --task out")
     start = time.perf_counter()
     with progress(f"compiling {checkpoint}") as report:
         path = inferloom.api.compile(checkpoint, chip=chip, dtype=dtype, out=output, max_model_len=max_model_len,
                                      max_tokens=max_tokens, max_seqs=max_seqs, block_tokens=block_tokens,
                                      batch_invariant=batch_invariant, passes=passes or (), quant=quant,
                                      quant_head=quant_head, quant_embedding=quant_embedding,
-                                     quant_activations=quant_activations, kv_dtype=kv_dtype, force=force, progress=report)
+                                     quant_activations=quant_activations, kv_dtype=kv_dtype, task=task, force=force,
+                                     progress=report)
     seconds = time.perf_counter() - start
     loss = _loss(path, checkpoint, max_model_len, passes, loss_text) if report_loss or loss_text else None
     manifest = json.loads((path / "manifest.json").read_text())

@@ -12,6 +12,7 @@ from inferloom.cache import CompileOptions
 from inferloom.errors import UsageError
 
 DTYPES = ("fp32", "fp16", "bf16")
+TASKS = ("generate", "embed")
 
 
 def complete_chip(incomplete: str) -> list[str]:
@@ -46,6 +47,7 @@ MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_
                                                  help="Longest sequence; the model's own limit if not given.")]
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", "--kv-cache-dtype", show_default=False,
                                              help="What keys and values are kept in: bf16, int8, fp8; --dtype if not given.")]
+Task = Annotated[str, typer.Option("--task", help="What for: generate, or embed (final hidden states instead of logits).")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", show_default=False, metavar="FILE|NAME",
                                                  help="A pass of your own: a .py file, or one that an installed package "
                                                       "offers. Its code runs.")]
@@ -65,12 +67,14 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 def compile_options(chip: str, dtype: str, max_model_len: int | None, quant: str | None = None, quant_head: str | None = None,
                     quant_embedding: str | None = None, quant_activations: str | None = None,
-                    kv_dtype: str | None = None) -> CompileOptions:
-    """Checked options. Raises `UsageError` for a dtype that is not known (chips are checked by the compiler)."""
+                    kv_dtype: str | None = None, task: str = "generate") -> CompileOptions:
+    """Checked options. Raises `UsageError` for a dtype or task that is not known (chips are checked by the compiler)."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    if task not in TASKS:
+        raise UsageError(f"task {task!r} is not known; choose one of {', '.join(TASKS)}")
     return CompileOptions(chip=chip, dtype=dtype, max_model_len=max_model_len, quant=quant, quant_head=quant_head,
-                          quant_embedding=quant_embedding, quant_activations=quant_activations, kv_dtype=kv_dtype)
+                          quant_embedding=quant_embedding, quant_activations=quant_activations, kv_dtype=kv_dtype, task=task)
 
 
 def parse_bytes(text: str) -> int:

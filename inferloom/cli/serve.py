@@ -88,6 +88,7 @@ def serve(
     quant_embedding: options.QuantEmbedding = None,
     quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
+    task: options.Task = "generate",
     threads: options.Threads = None,
     pin: options.Pin = False,
     gpu: options.Gpu = 0,
@@ -117,7 +118,7 @@ def serve(
         send_timeout=send_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
         log_level=log_level, otel_endpoint=collects)
     compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
-                                         kv_dtype)
+                                        kv_dtype, task)
     wanted: list[ModelSettings] = []
     for path, names in zip(models, _names(models, served_model_name or []), strict=True):
         with progress(f"opening {path}") as report:

@@ -204,11 +204,11 @@ class EngineProcess:
                              "later", max(1, min(wait, 60)))
 
     async def stream(self, prompt: list[int], params: SamplingParams, priority: int = 0, salt: bytes = b"",
-                     grammar: wire.Grammar | None = None,
-                     session: wire.Session | None = None) -> AsyncIterator[wire.Update]:
+                     grammar: wire.Grammar | None = None, session: wire.Session | None = None,
+                     pooling: str | None = None) -> AsyncIterator[wire.Update]:
         """The news of a request that was admitted, as they come; leaving the iteration early ends it in the engine.
 
-        HttpError when it fails.
+        With a `pooling` it is one that embeds. HttpError when it fails.
         """
         if self.state != "ready":
             raise unavailable(f"the engine of {self.model.names[0]} is {self.state}")
@@ -216,7 +216,7 @@ class EngineProcess:
         self._tickets[ticket.id] = ticket
         reason = "abort"
         try:
-            self._say(wire.Add(ticket.id, prompt, params, priority, salt, grammar, session))
+            self._say(wire.Add(ticket.id, prompt, params, priority, salt, grammar, session, pooling))
             while True:
                 update = await ticket.next()
                 if update.error is not None:

@@ -13,6 +13,7 @@ from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.chat import ChatTemplate
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.llm import open_tokenizer
+from inferloom.runtime.pooling import check_task
 from inferloom.runtime.server.engine import EngineProcess
 from inferloom.runtime.server.errors import HttpError, bad_request
 from inferloom.runtime.server.token_text import TokenTexts
@@ -90,3 +91,12 @@ class Models:
             raise HttpError(404, f"the model {name[:200]!r} is not served here; there is {', '.join(self._named)}",
                             "not_found_error", "model", code="model_not_found")
         return self._named[name]
+
+    def of(self, name: str | None, task: str) -> Model:
+        """The model that a request names, which must have been compiled for the task. HttpError 404, or 400 if it was not."""
+        model = self[name]
+        try:
+            check_task(model.manifest.task, task)
+        except RequestError as error:
+            raise bad_request(f"{model.name}: {error}", "model") from None
+        return model

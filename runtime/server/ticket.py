@@ -65,7 +65,7 @@ def _together(news: list[Update]) -> Update:
     last = news[-1]
     prompt = next((u.prompt_logprobs for u in news if u.prompt_logprobs is not None), None)
     return Update(last.id, [_joined(parts) for parts in samples.values()], last.cached, last.finished, last.error,
-                  last.own_fault, last.queued, prompt, last.held)
+                  last.own_fault, last.queued, prompt, last.held, last.embedding)
 
 
 def _joined(parts: list[Sample]) -> Sample:

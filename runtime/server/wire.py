@@ -49,7 +49,7 @@ class Session(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Add(msgspec.Struct, tag="add", frozen=True, array_like=True):
-    """A request."""
+    """A request; with a `pooling`, to embed."""
 
     id: int
     prompt: list[int]
@@ -58,6 +58,7 @@ class Add(msgspec.Struct, tag="add", frozen=True, array_like=True):
     salt: bytes = b""
     grammar: Grammar | None = None
     session: Session | None = None
+    pooling: str | None = None
 
 
 class Ask(msgspec.Struct, tag="ask", frozen=True, array_like=True):
@@ -130,7 +131,7 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 class Update(msgspec.Struct, frozen=True, array_like=True):
     """What is new of a request. `own_fault`: the `error` comes from what the request asked for. `queued`: seconds until
-    it had its first place in a step."""
+    it had its first place in a step. `embedding` is f32 [hidden], little-endian."""
 
     id: int
     samples: list[Sample]
@@ -141,6 +142,7 @@ class Update(msgspec.Struct, frozen=True, array_like=True):
     queued: float = 0.0
     prompt_logprobs: list[list[Scored] | None] | None = None
     held: Outcome | None = None
+    embedding: bytes | None = None
 
 
 class Updates(msgspec.Struct, tag="updates", frozen=True, array_like=True):

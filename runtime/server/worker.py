@@ -103,10 +103,13 @@ class Worker:
 
     def _add(self, message: wire.Add, guide: Callable[[], object] | None) -> None:
         try:
-            session = message.session or wire.Session("")
-            self._engine.add_request(str(message.id), message.prompt, message.params, priority=message.priority,
-                                     salt=message.salt, guide=guide,  # type: ignore[arg-type]
-                                     session=session.name or None, hold=session.hold, place=session.place)
+            if message.pooling is not None:
+                self._engine.add_embedding(str(message.id), message.prompt, message.pooling, message.priority, message.salt)
+            else:
+                session = message.session or wire.Session("")
+                self._engine.add_request(str(message.id), message.prompt, message.params, priority=message.priority,
+                                         salt=message.salt, guide=guide,  # type: ignore[arg-type]
+                                         session=session.name or None, hold=session.hold, place=session.place)
         except Exception as error:  # the request's own: the engine goes on
             self._send(wire.Refused(message.id, str(error) or repr(error)))
         else:
@@ -167,7 +170,8 @@ class Worker:
         error = output.error
         return wire.Update(name, samples, output.num_cached_tokens, output.finished, error,
                            error is not None and error.startswith(_OWN), queued,
-                           None if first is None else [None if p is None else _scored(p) for p in first], output.held)
+                           None if first is None else [None if p is None else _scored(p) for p in first], output.held,
+                           None if output.embedding is None else output.embedding.astype("<f4").tobytes())
 
     # -- the other threads
 

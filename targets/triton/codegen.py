@@ -75,7 +75,7 @@ class TritonTarget:
         order = "the same for any batch" if self.batch_invariant else "depends on the number of rows in a step"
         return {"accumulate": "f32", "reduction_order": order, "batch_invariant": self.batch_invariant}
 
-    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
+    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits | None, say: Progress) -> CompiledModule:
         """Generate the kernels, compile them in as many processes as there are cores, and check them."""
         with Compiler(self.chip, self.workers) as compiler:
             chosen, binaries = self.fit(sources, compiler, say, logits)
@@ -84,7 +84,8 @@ class TritonTarget:
         files["kernels/kernels.py"] = module_text(chosen.kernels).encode()
         files["kernels/kernels.so"] = link_shared([], [LAUNCHER], self.chip.triple)
         infos = tuple(info(k, f"kernels/{k.symbol}.{suffix}", binaries[k.symbol]) for k in chosen.kernels)
-        return CompiledModule(files, infos, chosen.tiles, chosen.scratch, Top(sampling.TOP, 0, sampling.kernels(logits)[2]))
+        top = None if logits is None else Top(sampling.TOP, 0, sampling.kernels(logits)[2])
+        return CompiledModule(files, infos, chosen.tiles, chosen.scratch, top)
 
     def fit(self, sources: Sequence[KernelSource], compiler: Compiler, say: Progress, logits: Logits | None = None,
             ) -> tuple[Picked, dict[str, Binary]]:

@@ -59,12 +59,12 @@ class CpuTarget:
         return {"accumulate": "f32", "reduction_order": "sequential over k, independent of the batch",
                 "bf16_dot": self.chip.bf16_dot, "i8_dot": self.chip.i8_dot}
 
-    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
+    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits | None, say: Progress) -> CompiledModule:
         """Generate, compile and link all kernels of an artifact."""
         with dialect(Dialect.LLVM if self.chip.fused else Dialect.LLVM_UNFUSED):
             return self._compile(sources, logits)
 
-    def _compile(self, sources: Sequence[KernelSource], logits: Logits) -> CompiledModule:
+    def _compile(self, sources: Sequence[KernelSource], logits: Logits | None) -> CompiledModule:
         chip, isa = self.chip, isa_of(self.chip)
         functions, infos = {}, list[KernelInfo]()
         for number, source in enumerate(sources):
@@ -90,12 +90,14 @@ class CpuTarget:
                 raise UnsupportedError(f"the CPU target has no kernels of kind {kind!r}")
             functions[source.symbol] = fn
             infos.append(KernelInfo(source.symbol, kind, number, grid, args, resources=facts))
-        sampling = Sampling(logits)
-        functions |= sampling.functions
+        sampling = None if logits is None else Sampling(logits)
+        if sampling is not None:
+            functions |= sampling.functions
+            infos += sampling.infos
         code = compile_object(functions, chip.tvm_target)
         file = WASM_FILE if chip.driver == "wasm" else KERNELS_FILE
-        return CompiledModule({file: link(chip, code, [*functions])}, (*infos, *sampling.infos), (attention.Q_TILE, 0),
-                              sampling.scratch, sampling.top)
+        return CompiledModule({file: link(chip, code, [*functions])}, tuple(infos), (attention.Q_TILE, 0),
+                              *((sampling.scratch, sampling.top) if sampling is not None else ()))
 
 
 def link(chip: CpuChip, code: bytes, symbols: Sequence[str]) -> bytes:

@@ -18,6 +18,7 @@ from inferloom.compiler.frontends.huggingface import Checkpoint, TracedModel, tr
 from inferloom.compiler.frontends.paths import gguf_file
 from inferloom.compiler.frontends.quantized.weight import Integers, quantized_weight
 from inferloom.compiler.frontends.weights import Tensor
+from inferloom.compiler.task import Task
 from inferloom.ir.errors import UnsupportedError
 
 
@@ -33,7 +34,7 @@ class Plain:
         return self.make()
 
 
-def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
+def load(path: str | Path, max_model_len: int | None = None, task: Task = "generate") -> TracedModel:
     """Trace the model of a GGUF file, or of a folder that holds one.
 
     Raises UnsupportedError for a damaged file, and for an architecture, a type of tensors or a key that is not known.
@@ -44,7 +45,7 @@ def load(path: str | Path, max_model_len: int | None = None) -> TracedModel:
     config = make_config(raw, str(file.path))
     ends = raw["eos_token_id"] or []
     return trace_checkpoint(Checkpoint(config, tensors(file, raw), file.path.stem, str(file.path), tuple(ends),
-                                       raw["bos_token_id"], tokenizer, notes), max_model_len)
+                                       raw["bos_token_id"], tokenizer, notes), max_model_len, task)
 
 
 def tensors(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Tensor]:

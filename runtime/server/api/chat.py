@@ -92,7 +92,7 @@ class Chats:
         self._models, self._most = models, max_logprobs
 
     async def __call__(self, body: ChatBody, call: Call) -> Answer:
-        model = self._models[body.model]
+        model = self._models.of(body.model, "generate")
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs", "top_logprobs")
         if (body.top_logprobs or 0) > self._most:

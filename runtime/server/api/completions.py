@@ -57,7 +57,7 @@ class Completions:
         self._models, self._most = models, max_logprobs
 
     async def __call__(self, body: CompletionBody, call: Call) -> Answer:
-        model = self._models[body.model]
+        model = self._models.of(body.model, "generate")
         n = body.n or 1
         if body.best_of is not None and body.best_of != n:
             raise bad_request("best_of must be n: samples are not ranked", "best_of")

@@ -101,7 +101,7 @@ class Messages:
         self._models = models
 
     async def __call__(self, body: MessageBody, call: Call) -> Answer:
-        model = self._models[body.model]
+        model = self._models.of(body.model, "generate")
         form = body.output_format or (body.output_config.format if body.output_config else None)
         sampled = Sampled(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=body.stop_sequences,
                           session_id=body.session_id, session_hold=body.session_hold)

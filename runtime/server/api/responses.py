@@ -95,7 +95,7 @@ class Responses:
         self._models = models
 
     async def __call__(self, body: ResponseBody, call: Call) -> Answer:
-        model = self._models[body.model]
+        model = self._models.of(body.model, "generate")
         sampled = Sampled(temperature=body.temperature, top_p=body.top_p, seed=body.seed, priority=body.priority,
                           cache_salt=body.cache_salt, session_id=body.session_id, session_hold=body.session_hold)
         effort = body.reasoning.effort if body.reasoning else None

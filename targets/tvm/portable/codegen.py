@@ -44,7 +44,7 @@ class SourceTarget:
     def numerics(self) -> dict[str, Any]:
         return {"accumulate": "f32", "reduction_order": "sequential over k, independent of the batch"}
 
-    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits, say: Progress) -> CompiledModule:
+    def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits | None, say: Progress) -> CompiledModule:
         """Generate the source of all kernels."""
         files, infos = dict[str, bytes](), list[KernelInfo]()
         for number, source in enumerate(sources):

@@ -20,11 +20,6 @@ def test_every_endpoint_is_described(server: Server) -> None:
     assert limits["n"]["anyOf"][0]["maximum"] == 128
 
 
-def test_embeddings_are_refused_with_the_reason(server: Server) -> None:
-    answer = httpx.post(server.url + "/v1/embeddings", json={"input": "x"})
-    assert answer.status_code == 400 and "no embeddings" in answer.json()["error"]["message"]
-
-
 @pytest.mark.slow
 def test_no_body_makes_it_fail(server: Server) -> None:
     import schemathesis
