@@ -117,13 +117,15 @@ def resolve(model: str | os.PathLike[str], options: CompileOptions | None = None
 
 
 def _check_compiled(artifact: Path, options: CompileOptions) -> None:
-    """`UsageError` when a ready artifact was compiled with other options of quantisation than are given."""
+    """`UsageError` when a ready artifact was compiled with other options of quantisation, or for another task, than are given."""
     wanted = {name: value for name in ("quant", "quant_head", "quant_embedding", "quant_activations", "kv_dtype")
               if (value := getattr(options, name)) is not None}
+    wanted |= {"task": options.task} if options.task != "generate" else {}
     if not wanted:
         return
     manifest = json.loads((artifact / "manifest.json").read_text())
-    had = {"kv_dtype": manifest["model"]["dtype"], **manifest.get("numerics", {}).get("options", {})}
+    had = {"kv_dtype": manifest["model"]["dtype"], "task": manifest.get("task", "generate"),
+           **manifest.get("numerics", {}).get("options", {})}
     for name, value in wanted.items():
         if value != had.get(name, "none"):
             option = "--" + name.replace("_", "-")

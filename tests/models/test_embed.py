@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import inferloom
+from inferloom.errors import UsageError
 from inferloom.runtime import manifest
 from inferloom.runtime.errors import ArtifactError, RequestError
 from inferloom.runtime.llm import LLM
@@ -111,6 +112,8 @@ def test_each_task_refuses_the_other(tiny_embed: Path, tiny_artifact: Path) -> N
             llm.embed("a", pooling="max")
     with LLM(tiny_artifact, threads=1) as llm, pytest.raises(RequestError, match="compile the model with --task embed"):
         llm.embed("a")
+    with pytest.raises(UsageError, match="with --task generate, not embed"):
+        inferloom.LLM(tiny_artifact, task="embed")
     with pytest.raises(RequestError, match="without --task embed"):
         LLM(tiny_embed, speculative="ngram")
     with pytest.raises(RequestError, match="without --task embed"):
