@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,6 +118,7 @@ def serve(
         max_logprobs=max_logprobs, drain_timeout=drain_timeout, keep_alive=keep_alive,
         send_timeout=send_timeout, stall_timeout=stall_timeout, vllm_metrics=vllm_metrics,
         log_level=log_level, otel_endpoint=collects)
+    compiled_before = "torch" in sys.modules
     compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
                                         kv_dtype, task)
     wanted: list[ModelSettings] = []
@@ -130,6 +132,8 @@ def serve(
             0 if ram_bytes is None else options.parse_bytes(ram_bytes), None if state_dir is None else str(state_dir),
             DEFAULT_DISK_BYTES if disk_bytes is None else options.parse_bytes(disk_bytes), drafts, pin,
             None if trace is None else str(_numbered(trace, len(wanted), len(models))), trace_steps))
+    if "torch" in sys.modules and not compiled_before:  # what compiling took of memory a server does not need
+        os.execv(sys.executable, sys.orig_argv)  # it starts again, and finds its artifacts in the cache
     run(wanted, settings, _say)
 
 

@@ -38,7 +38,7 @@ class Server:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.port = int(self.wait_for("listening")["port"])
+        self.port = int(self.wait_for("listening", 180)["port"])
 
     def _read(self) -> None:
         assert self.process.stderr is not None

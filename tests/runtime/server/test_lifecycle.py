@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.conftest import DEMO
 from tests.runtime.server.conftest import Server
 
 LONG = {"prompt": "def f():", "max_tokens": 900, "temperature": 0.9, "ignore_eos": True, "seed": 1}
@@ -210,3 +211,15 @@ def test_what_cannot_start_says_why(chat_artifact: Path, tmp_path: Path) -> None
     assert "must be 1 to" in run(str(chat_artifact), "--max-num-seqs", "100000", "--port", "0")
     assert "parser 'x' is not known" in run(str(chat_artifact), "--tool-call-parser", "x", "--port", "0")
     assert "both called demo" in run(str(chat_artifact), str(chat_artifact), "--port", "0")
+
+
+@pytest.mark.slow
+def test_a_server_does_not_keep_what_compiling_took(tmp_path: Path) -> None:
+    """A checkpoint is compiled on first use; the process that then serves has no torch in it."""
+    server = Server(str(DEMO), "--threads", "1", env={"XDG_CACHE_HOME": str(tmp_path)})
+    try:
+        libraries = Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert "libtorch" not in libraries and "python" in libraries
+        assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == "demo"
+    finally:
+        assert server.close() == 0
