@@ -41,8 +41,8 @@ def check_task(task: str) -> Task:
 def for_task(graph: Graph, task: Task) -> Graph:
     """The graph of a causal LM as it is, or, to embed, without its head: f32 [rows, hidden], what the head would read.
 
-    Where rows are picked before the head, all that follows is the head's (a division of the hidden states, say). Parameters
-    that nothing reads any more are dropped. UnsupportedError when the graph ends in no linear layer.
+    Where rows are picked before the head, all that follows is the head's: a model that scales its states there (minicpm3) gives
+    them unscaled. Parameters that nothing reads any more are dropped. UnsupportedError when the graph ends in no linear layer.
     """
     if task == "generate":
         return graph
