@@ -23,12 +23,16 @@ class Batches:
         self._limits, self._size = limits, limits.block_tokens
         self._tables = Tables(limits.groups, limits.blocks_per_seq)
         self._numbers = np.arange(max(limits.tokens, limits.seqs) + 1, dtype=np.int32)
+        self._work: Seq[Work] = ()
+        self._last: StepBatch | None = None
+        self._changes = 0  # of the tables, as the last batch has them
 
     def of(self, work: Seq[Work]) -> StepBatch:
         sequences, counts = [w.sequence for w in work], [w.count for w in work]
         computed = [s.computed for s in sequences]
         seqs, total = len(work), sum(counts)
         tables, pages = self._tables.of([s.held for s in sequences])
+        last = self._last if work is self._work else None  # the sequences of the last step decode again
         if total == seqs:  # a token each
             starts, owners = self._numbers[:seqs + 1], self._numbers[:seqs]
             tokens, positions = np.array([[s.tokens[at] for s, at in zip(sequences, computed)], computed], np.int32)
@@ -48,9 +52,13 @@ class Batches:
         index, offset = divmod(positions, self._size)
         count, _, width = tables.shape
         blocks = tables.reshape(count, seqs * width).take(owners * width + index, axis=1)
-        return StepBatch(tokens, positions, blocks * self._size + offset, starts, lens, tables,
-                         self._rows(work, starts), pages, _sharpness(work), self._facts(sequences, begins, lens),
-                         made=True)
+        layout = object() if last is None or self._changes != self._tables.changes else last.layout
+        self._work, self._changes = work, self._tables.changes
+        self._last = StepBatch(tokens, positions, blocks * self._size + offset, starts, lens, tables,
+                               self._rows(work, starts) if last is None else last.logit_rows, pages,
+                               _sharpness(work) if last is None else last.sharpness,
+                               self._facts(sequences, begins, lens) if self._limits.facts else _NONE, True, layout)
+        return self._last
 
     def _rows(self, work: Seq[Work], starts: Int32) -> Int32:
         """The tokens whose logits are wanted."""

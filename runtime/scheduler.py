@@ -68,6 +68,7 @@ class Scheduler:
         self.copies: list[tuple[int, int]] = []
         self.preemptions = 0
         self._rows = 0
+        self._decoding, self._singles = list[Sequence](), list[Work]()  # what `_single` gave, and for whom
         self.recurrent = any(g.recurrent for g in limits.groups)
 
     @staticmethod
@@ -86,14 +87,33 @@ class Scheduler:
         self._release(sequence)
 
     def schedule(self) -> list[Work]:
-        """The next step; empty when nothing can run. `copies` are the blocks (from, to) to copy before it."""
-        budget, work, in_order = self.limits.tokens, list[Work](), True
+        """The next step; empty when nothing can run. `copies` are the blocks (from, to) to copy before it.
+
+        The list is that of the last step, itself, if the same sequences decode one more token each.
+        """
         self.copies = []
-        # A prompt's chunk leaves room for the one token of each sequence behind it, so that none stands still.
-        decoding = sum([len(s.tokens) - s.computed == 1 for s in self.running])
         # Each sequence has a row of logits; what is left goes to prompts whose logits are asked for.
         most = self.limits.tokens + self.limits.seqs if self.limits.rows is None else self.limits.rows
         self._rows = most - len(self.running)
+        if len(self.running) <= self.limits.tokens and all(
+                [len(s.tokens) - s.computed == 1 and s.computed < s.room and not s.draft for s in self.running]):
+            work = self._single()
+        else:
+            work = self._resume(self.limits.tokens)
+        started = self._admit(self.limits.tokens - sum([w.count for w in work])) if self.waiting else []
+        return work + started if started else work
+
+    def _single(self) -> list[Work]:
+        """One token of each running sequence, all of which decode and have room for it."""
+        if self._decoding != self.running:
+            self._decoding, self._singles = self.running[:], [Work(s, 1, 1, range(0)) for s in self.running]
+        return self._singles
+
+    def _resume(self, budget: int) -> list[Work]:
+        """What of the running sequences fits into so many tokens."""
+        work = list[Work]()
+        # A prompt's chunk leaves room for the one token of each sequence behind it, so that none stands still.
+        decoding = sum([len(s.tokens) - s.computed == 1 for s in self.running])
         for sequence in self.running[:]:
             missing = len(sequence.tokens) - sequence.computed
             decoding -= missing == 1
@@ -105,6 +125,11 @@ class Scheduler:
                     count += self._speculate(sequence, budget - decoding - count)
                 work.append(self._work(sequence, count))
                 budget -= count
+        return work
+
+    def _admit(self, budget: int) -> list[Work]:
+        """First tokens of those that wait, as many as fit."""
+        work = list[Work]()
         while self.waiting and budget > 0 and self._rows > 0 and len(self.running) < self.limits.seqs:
             sequence = self.waiting[0]
             self._rows -= 1
@@ -112,11 +137,11 @@ class Scheduler:
                 break
             self.waiting.pop(0)
             self.running.append(sequence)
-            sequence.running, in_order = True, False
+            sequence.running = True
             count = self._cut(sequence, min(len(sequence.tokens) - sequence.computed, budget))
             work.append(self._work(sequence, count))
             budget -= count
-        if not in_order:
+        if work:
             self.running.sort(key=self._rank)
         return work
 

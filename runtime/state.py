@@ -94,11 +94,24 @@ class Tables:
         self._held: list[Sequence[Held]] = []
         self._known: list[list[int]] = []  # blocks of each group of keys and values that are in the table, by sequence
         self._tables, self._pages = np.zeros((0, 0, 0), np.int32), np.zeros((0, 0, 2), np.int32)
+        self.changes = 0  # how often block_tables changed
 
     def of(self, held: list[Sequence[Held]]) -> tuple[Int32, Int32]:
         """The arrays for what each sequence holds; they are overwritten by the next call."""
-        if len(held) != len(self._held) or not all(map(is_, held, self._held)) or self._narrow(held):
+        lens = [[len(each[number].blocks) for each in held] for number, _ in self._kv]
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
             self._begin(held)
+        if lens != self._known:
+            if max(map(max, lens)) > self._tables.shape[2]:
+                self._begin(held)
+            self._extend(held)
+        for number, part in self._recurrent:
+            for i, each in enumerate(held):
+                (now,) = each[number].blocks
+                self._pages[part, i] = np.array([now, each[number].next or now], np.int32).T
+        return self._tables, self._pages
+
+    def _extend(self, held: list[Sequence[Held]]) -> None:
         for (number, part), known in zip(self._kv, self._known):
             for i, each in enumerate(held):
                 blocks = each[number].blocks
@@ -107,14 +120,7 @@ class Tables:
                     new = [none if b is None else b for b in blocks[known[i]:]]
                     self._tables[part, i, known[i]:len(blocks)] = np.array(new, np.int32).T
                     known[i] = len(blocks)
-        for number, part in self._recurrent:
-            for i, each in enumerate(held):
-                (now,) = each[number].blocks
-                self._pages[part, i] = np.array([now, each[number].next or now], np.int32).T
-        return self._tables, self._pages
-
-    def _narrow(self, held: list[Sequence[Held]]) -> bool:
-        return any(len(each[number].blocks) > self._tables.shape[2] for number, _ in self._kv for each in held)
+        self.changes += 1
 
     def _begin(self, held: list[Sequence[Held]]) -> None:
         longest = max((len(each[number].blocks) for number, _ in self._kv for each in held), default=0)
@@ -122,3 +128,4 @@ class Tables:
         self._tables = np.zeros((self._kv[-1][1].stop if self._kv else 0, len(held), width), np.int32)
         self._pages = np.zeros((self._recurrent[-1][1].stop if self._recurrent else 0, len(held), 2), np.int32)
         self._held, self._known = held, [[0] * len(held) for _ in self._kv]
+        self.changes += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +46,8 @@ class TopRows:
 
     def best(self) -> tuple[list[int], list[bool]]:
         """The most likely token of each row; and whether the row is `finite`."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            finite = np.isfinite(self._stats[:, 0] + np.log(self._stats[:, 1]))
-        return (0x7FFFFFFF - (self._keys[:, 0] & 0xFFFFFFFF)).tolist(), finite.tolist()
+        finite = [-inf < largest < inf and 0 < total < inf for largest, total in self._stats.tolist()]
+        return (0x7FFFFFFF - (self._keys[:, 0] & 0xFFFFFFFF)).tolist(), finite
 
     @cached_property
     def _rows(self) -> list[TopRow]:

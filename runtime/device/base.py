@@ -18,6 +18,7 @@ from inferloom.runtime.trace import Timeline
 
 Int32 = NDArray[np.int32]
 _RAGGED = ("tokens", "positions", "seq_starts", "kv_lens", "logit_rows")
+_MOVING = ("tokens", "positions", "kv_lens")  # of these, what a layout leaves open
 _DIMENSIONS = {**dict.fromkeys(_RAGGED, 1), "slots": 2, "block_tables": 3, "pages": 3, "facts": 2}
 
 
@@ -31,6 +32,7 @@ class StepBatch:
     for each of the N recurrent ones pages [N, S, 2] (the block to read, the block to write). `sharpness` f32 [R] is
     1 / temperature of each row, for what a device finds out about it; 1 if not given. facts [F, T]: those that the
     manifest's dims name. `made`: by the engine's `Batches`, so that all but ids and places is right by construction.
+    Batches with the same `layout` differ in tokens, positions, slots, kv_lens, pages and facts at most.
     """
 
     tokens: Int32
@@ -44,6 +46,7 @@ class StepBatch:
     sharpness: NDArray[np.float32] | None = None
     facts: Int32 = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     made: bool = False
+    layout: object | None = None
 
 
 class Device(Protocol):
@@ -109,23 +112,24 @@ def _single_tiles(seqs: int) -> Int32:
     return tiles
 
 
-def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
+def check_batch(batch: StepBatch, manifest: Manifest, num_blocks: int, again: bool = False) -> None:
     """RequestError unless every shape and every number of the batch is within the artifact's bounds.
 
-    Kernels trust their inputs: whatever passes here must touch no memory but its own.
+    `again`: its layout has been checked. Kernels trust their inputs: whatever passes here must touch no memory but its own.
     """
     if batch.made:
-        _check_places(batch, manifest, num_blocks)
+        _check_places(batch, manifest, num_blocks, again)
     else:
         _check_all(batch, manifest, num_blocks)
 
 
-def _check_places(batch: StepBatch, manifest: Manifest, num_blocks: int) -> None:
+def _check_places(batch: StepBatch, manifest: Manifest, num_blocks: int, again: bool) -> None:
     """Ids and places in memory; block tables are of valid blocks throughout."""
     _all_within("tokens", batch.tokens, manifest.model.vocab_size)
     _all_within("positions", batch.positions, manifest.model.max_model_len)
     _all_within("slots", batch.slots, num_blocks * manifest.state.block_tokens)
-    _all_within("block_tables", batch.block_tables, num_blocks)
+    if not again:
+        _all_within("block_tables", batch.block_tables, num_blocks)
     _all_within("pages", batch.pages, num_blocks)
 
 
@@ -214,23 +218,26 @@ def input_views(m: Manifest, memory: NDArray[np.uint8]) -> dict[str, Int32]:
     return {name: np.ndarray(shape, np.int32, memory, offset) for name, (offset, shape) in layout.items()}
 
 
-def fill_inputs(batch: StepBatch, m: Manifest, views: dict[str, Int32]) -> list[int]:
-    """Write a checked batch into `input_views`; the counts of `DIMS`."""
-    for name in _RAGGED:
+def fill_inputs(batch: StepBatch, m: Manifest, views: dict[str, Int32], again: bool = False) -> list[int]:
+    """Write a checked batch into `input_views`; the counts of `DIMS`. `again`: they hold the last batch, of the same layout."""
+    for name in _MOVING if again else _RAGGED:
         array = getattr(batch, name)
         views[name][: len(array)] = array
     seqs = len(batch.kv_lens)
+    for i in range(m.state.kv_tables):
+        views[f"slots{i or ''}"][: len(batch.tokens)] = batch.slots[i]
+    for name, row in zip(m.dims.facts, batch.facts):
+        views[name][: len(row)] = row
+    for i in range(m.state.recurrent_tables):
+        views[f"pages{i or ''}"][:seqs] = batch.pages[i]
+    if again:
+        return views["dims"][: len(DIMS)].tolist()
     for i in range(m.state.kv_tables):
         # What is beyond a sequence's length may be anything to the caller; to kernels it is a valid block, of an earlier
         # step perhaps.
         table, width = batch.block_tables[i], batch.block_tables.shape[2]
         views[f"block_tables{i or ''}"][:seqs, :width] = table if batch.made else np.where(
             used_blocks(batch, m.state.block_tokens), table, 0)
-        views[f"slots{i or ''}"][: len(batch.tokens)] = batch.slots[i]
-    for name, row in zip(m.dims.facts, batch.facts):
-        views[name][: len(row)] = row
-    for i in range(m.state.recurrent_tables):
-        views[f"pages{i or ''}"][:seqs] = batch.pages[i]
     q_tiles, d_tiles = make_tiles(batch.seq_starts, m.tiles)
     views["q_tiles"][: len(q_tiles)], views["d_tiles"][: len(d_tiles)] = q_tiles, d_tiles
     counts = [len(batch.tokens), seqs, len(batch.logit_rows), len(q_tiles), len(d_tiles)]
