@@ -71,7 +71,10 @@ class Detokenizer:
             if REPLACEMENT not in piece:
                 self._ids.append(token)
                 self._prefix, self._read = self._read, self._read + 1
-                self._grow(piece, may_stop)
+                if self._stop:
+                    self._grow(piece, may_stop)
+                else:
+                    self.text += piece
                 return
         self._ids.append(token)
         known, whole = self._decode()

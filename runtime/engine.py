@@ -264,7 +264,7 @@ class Engine:
                     at, token = first + position - item.scored.start, request.prompt_ids[position + 1]
                     request.prompt_logprobs.append(token_logprobs(logits[at], token, request.params.prompt_logprobs or 0))
                 if item.samples == 1:
-                    self._append(sequence, *self._next(sequence, logits, row - 1, best, finite))
+                    self._append(sequence, *self._next(item, logits, row - 1, best, finite))
                 elif item.samples:
                     self._take(item, logits, row - item.samples, best, finite)
             except Exception as error:  # the request's own: the others of the batch go on
@@ -284,7 +284,7 @@ class Engine:
         """Sample from the item's rows, of which `row` is the first, as long as the drafts say the same."""
         sequence, taken = item.sequence, 0
         while taken < item.samples:
-            token, logprobs = self._next(sequence, logits, row + taken, best, finite)
+            token, logprobs = self._next(item, logits, row + taken, best, finite)
             self._append(sequence, token, logprobs)
             taken += 1
             if sequence.finish_reason is not None or taken == item.samples or token != sequence.draft[taken - 1]:
@@ -294,10 +294,10 @@ class Engine:
         item.count -= item.samples - taken  # the rest was computed for tokens that did not come
         sequence.draft = []
 
-    def _next(self, sequence: Sequence, logits: Rows, row: int, best: list[int],
+    def _next(self, item: Work, logits: Rows, row: int, best: list[int],
               finite: list[bool]) -> tuple[int, dict[int, Logprob] | None]:
         """The token that a row gives, after those that the sequence has."""
-        request = sequence.request
+        sequence, request = item.sequence, item.sequence.request
         if request.plain and sequence.guide is None and finite[row] and len(sequence.tokens) >= request.least:
             return best[row], None
         return self._draw(sequence, logits[row])

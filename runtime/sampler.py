@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite
 
 import numpy as np
 
@@ -43,20 +44,25 @@ def sample(logits: np.ndarray | TopRow, params: SamplingParams, prompt: Sequence
     Log-probabilities are those of the logits after penalties and bias, before temperature.
     """
     key = (seed, index, len(generated))
-    rng = None if params.greedy else np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    drawn = None if params.greedy else _uniform(key)
     if isinstance(logits, TopRow):
         if params.logprobs is None and allowed is None and not _adjusts(params, generated, banned):
-            found = _from_top(logits, params, rng)
+            found = _from_top(logits, params, drawn)
             if found is not None:
                 return found, None
         logits = logits.row()
     row = _adjusted(logits, params, prompt, generated, banned)
     if allowed is not None:
         row = np.where(allowed, row, np.float32(-np.inf))
-    token = int(np.argmax(row)) if rng is None else _draw(row, params, rng)
+    token = int(np.argmax(row)) if drawn is None else _draw(row, params, drawn)
     if row[token] == -np.inf:
         raise RequestError(_NONE_LEFT)
     return token, None if params.logprobs is None else _logprobs(row, token, params.logprobs)
+
+
+def _uniform(key: tuple[int, int, int]) -> float:
+    """From 0 to 1, as the `random()` of a new Generator would be, which would take longer to make."""
+    return int(np.random.Philox(np.random.SeedSequence(key)).random_raw() >> 11) * 2.0**-53
 
 
 def _adjusts(params: SamplingParams, generated: Sequence[int], banned: Sequence[int]) -> bool:
@@ -86,7 +92,7 @@ def _adjusted(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int],
     return row
 
 
-def _draw(row: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
+def _draw(row: np.ndarray, params: SamplingParams, drawn: float) -> int:
     wide = row.astype(np.float64)
     top = wide.max()
     if not np.isfinite(top):
@@ -100,26 +106,26 @@ def _draw(row: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> 
         above, equal = np.flatnonzero(scaled > edge), np.flatnonzero(scaled == edge)
         ids = np.concatenate([above, equal[:params.top_k - len(above)]])
         scaled = scaled[ids]
-    return _pick(scaled, ids, params, rng)
+    return _pick(scaled, ids, params, drawn)
 
 
-def _from_top(row: TopRow, params: SamplingParams, rng: np.random.Generator | None) -> int | None:
+def _from_top(row: TopRow, params: SamplingParams, drawn: float | None) -> int | None:
     """What `_draw` would draw, if the largest logits decide it."""
-    if not len(row.ids) or not np.isfinite(row.values[0]):
+    if not len(row.ids) or not isfinite(row.values[0]):
         return None
-    if rng is None:
+    if drawn is None:
         return int(row.ids[0])
+    if params.top_k <= 0 and params.min_p == 0 and params.top_p == 1:
+        return None if row.sums is None else _from_sums(row, row.sums, params, drawn)
     with np.errstate(over="ignore"):
         scaled = (row.values.astype(np.float64) - np.float64(row.values[0])) / params.temperature
     ids = row.ids
     if 0 < params.top_k <= len(ids):
         ids, scaled = ids[:params.top_k], scaled[:params.top_k]
         order = np.lexsort((ids, scaled == scaled[-1]))  # as `_draw` has them: those above the edge, then those at it
-        return _pick(scaled[order], ids[order], params, rng)
+        return _pick(scaled[order], ids[order], params, drawn)
     if params.top_k > 0:
         return None
-    if params.min_p == 0 and params.top_p == 1:
-        return None if row.sums is None else _from_sums(row, row.sums, params, rng)
     probs = np.exp(scaled - row.log_sum)
     if params.min_p > 0 and probs[-1] < params.min_p * probs[0]:
         kept = probs >= params.min_p * probs[0]
@@ -129,23 +135,28 @@ def _from_top(row: TopRow, params: SamplingParams, rng: np.random.Generator | No
     else:
         return None
     order = np.argsort(ids[kept])
-    return _pick(scaled[kept][order], ids[kept][order], params, rng)
+    return _pick(scaled[kept][order], ids[kept][order], params, drawn)
 
 
-def _from_sums(row: TopRow, sums: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
+def _from_sums(row: TopRow, sums: np.ndarray, params: SamplingParams, drawn: float) -> int:
     """One of all tokens: the run that the draw falls in, and then the token in it."""
-    ends = np.cumsum(sums, dtype=np.float64)
-    drawn = rng.random() * ends[-1]
-    run = min(int(np.searchsorted(ends, drawn, side="right")), int(np.flatnonzero(sums)[-1]))
+    ends = sums.cumsum(dtype=np.float64)
+    drawn *= ends[-1]
+    run = _last(sums, int(ends.searchsorted(drawn, side="right")))
     first = run * row.columns
     logits = row.row()[first:first + row.columns].astype(np.float64)
     with np.errstate(over="ignore"):
         weights = np.exp((logits - np.float64(row.values[0])) / params.temperature)
-    choice = int(np.searchsorted(np.cumsum(weights), drawn - (ends[run - 1] if run else 0.0), side="right"))
-    return first + min(choice, int(np.flatnonzero(weights)[-1]))
+    choice = int(weights.cumsum().searchsorted(drawn - (ends[run - 1] if run else 0.0), side="right"))
+    return first + _last(weights, choice)
 
 
-def _pick(scaled: np.ndarray, ids: np.ndarray, params: SamplingParams, rng: np.random.Generator) -> int:
+def _last(weights: np.ndarray, choice: int) -> int:
+    """`choice`, or the last with a weight if rounding put the draw behind it."""
+    return choice if choice < len(weights) and weights[choice] > 0 else min(choice, int(np.flatnonzero(weights)[-1]))
+
+
+def _pick(scaled: np.ndarray, ids: np.ndarray, params: SamplingParams, drawn: float) -> int:
     """One of `ids` with logits `scaled`, after min-p and top-p."""
     weights = np.exp(scaled)
     probs = weights / weights.sum()
@@ -155,8 +166,7 @@ def _pick(scaled: np.ndarray, ids: np.ndarray, params: SamplingParams, rng: np.r
         order = np.argsort(-probs, kind="stable")
         before = np.cumsum(probs[order]) - probs[order]
         probs[order[before >= params.top_p * probs.sum()]] = 0.0
-    choice = int(np.searchsorted(np.cumsum(probs), rng.random() * probs.sum(), side="right"))
-    return int(ids[min(choice, int(np.flatnonzero(probs)[-1]))])
+    return int(ids[_last(probs, int(probs.cumsum().searchsorted(drawn * probs.sum(), side="right")))])
 
 
 def token_logprobs(logits: np.ndarray | TopRow, token: int, count: int) -> dict[int, Logprob]:

@@ -178,7 +178,7 @@ class Scheduler:
 
     def finish(self, work: list[Work]) -> None:
         """Record that the step's tokens are computed, and cache the blocks that became full."""
-        size = self.limits.block_tokens
+        size, cache = self.limits.block_tokens, self.cache
         for item in work:
             sequence = item.sequence
             if not sequence.running:
@@ -186,13 +186,15 @@ class Scheduler:
             sequence.computed += item.count
             if self.recurrent:
                 self._move(sequence)
+            if cache is None:
+                continue
             sure = min(sequence.computed, len(sequence.tokens) - sequence.speculated)
-            while self.cache is not None and (len(sequence.keys) + 1) * size <= sure:
+            while (len(sequence.keys) + 1) * size <= sure:
                 at = len(sequence.keys)
                 before = sequence.keys[-1] if at else self.root(sequence)
-                key = self.cache.key(before, sequence.tokens[at * size:(at + 1) * size])
+                key = cache.key(before, sequence.tokens[at * size:(at + 1) * size])
                 sequence.keys.append(key)
-                self.cache.record(sequence.held, at, key, sequence.computed)
+                cache.record(sequence.held, at, key, sequence.computed)
 
     def _move(self, sequence: Sequence) -> None:
         """Recurrent states that were written are those that are read from now on."""

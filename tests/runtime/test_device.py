@@ -49,6 +49,20 @@ def test_many_steps_give_the_same(device):
         np.testing.assert_array_equal(device.step(batch()), first)
 
 
+def test_batches_of_one_layout_keep_the_rest(device, artifact):
+    tables, layout = [[[2, 0], [0, 1]]], object()
+    first = replace(batch(block_tables=tables), made=True, layout=layout)
+    moved = replace(batch(block_tables=tables, tokens=[4] * 18, slots=[[37, *range(17)]], kv_lens=[6, 17]), made=True, layout=layout)
+    other = batch(block_tables=[[[1, 0], [0, 2]]], slots=[[20, *range(16), 32]], logit_rows=[17])
+    with CpuDevice(artifact, num_blocks=3, threads=1) as fresh:
+        for step in (first, moved, moved, other, moved, first):
+            np.testing.assert_array_equal(device.step(step), fresh.step(replace(step, layout=None)))
+    with pytest.raises(RequestError, match="tokens"):
+        device.step(replace(first, tokens=np.full(18, 99, np.int32)))
+    with pytest.raises(RequestError, match="slots"):
+        device.step(replace(first, slots=first.slots + 48))
+
+
 def test_profile_names_each_call(device):
     assert [symbol for symbol, _ in device.profile(batch())] == ["store", "logits"]
     assert all(ns >= 0 for _, ns in device.profile(batch()))
@@ -77,7 +91,8 @@ def test_q_tiles():
     assert tiles.tolist() == [[0, 0, 1], [1, 1, 16], [2, 17, 16], [2, 33, 1], [3, 34, 16], [3, 50, 16]]
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch) if f.name not in ("sharpness", "pages", "facts", "made")])
+@pytest.mark.parametrize("name", [f.name for f in fields(StepBatch)
+                                  if f.name not in ("sharpness", "pages", "facts", "made", "layout")])
 def test_arrays_must_be_plain_int32(device, name):
     good = getattr(batch(), name)
     for bad in (good.astype(np.int64), good[..., None], good.tolist()):

@@ -280,7 +280,7 @@ def test_blocks(device):
 
 
 def test_batches_are_checked(device, mock):
-    for name in (f.name for f in fields(StepBatch) if f.name not in ("sharpness", "made")):
+    for name in (f.name for f in fields(StepBatch) if f.name not in ("sharpness", "made", "layout")):
         with pytest.raises(RequestError, match=f"{name} must be an int32 array"):
             device.step(replace(mixed(), **{name: getattr(mixed(), name).astype(np.int64)}))
     with pytest.raises(RequestError, match="slots must be 0 to"):
