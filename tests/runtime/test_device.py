@@ -52,7 +52,8 @@ def test_many_steps_give_the_same(device):
 def test_batches_of_one_layout_keep_the_rest(device, artifact):
     tables, layout = [[[2, 0], [0, 1]]], object()
     first = replace(batch(block_tables=tables), made=True, layout=layout)
-    moved = replace(batch(block_tables=tables, tokens=[4] * 18, slots=[[37, *range(17)]], kv_lens=[6, 17]), made=True, layout=layout)
+    moved = replace(first, tokens=np.full(18, 4, np.int32), slots=np.array([[37, *range(17)]], np.int32),
+                    kv_lens=np.array([6, 17], np.int32))
     other = batch(block_tables=[[[1, 0], [0, 2]]], slots=[[20, *range(16), 32]], logit_rows=[17])
     with CpuDevice(artifact, num_blocks=3, threads=1) as fresh:
         for step in (first, moved, moved, other, moved, first):
