@@ -35,8 +35,9 @@ class Batches:
         last = self._last if work is self._work else None  # the sequences of the last step decode again
         if total == seqs:  # a token each
             starts, owners = self._numbers[:seqs + 1], self._numbers[:seqs]
-            tokens, positions = np.array([[s.tokens[at] for s, at in zip(sequences, computed)], computed], np.int32)
-            begins, lens = positions, positions + 1
+            tokens, positions, lens = np.array([[s.tokens[at] for s, at in zip(sequences, computed)], computed,
+                                                [at + 1 for at in computed]], np.int32)
+            begins = positions
         else:
             begins, lens = np.array([computed, counts], np.int32)
             starts = np.zeros(seqs + 1, np.int32)
