@@ -26,7 +26,7 @@ def saved_by_one_and_read_by_another(artifact: Path, folder: Path, ids: list[int
             outputs += engine.step()
         said = [*ids, *outputs[-1].outputs[0].token_ids]
         outcome = engine.sessions.pause("agent", 60.0, place="disk")  # type: ignore[union-attr]
-        assert (outcome.status, outcome.place) == ("accepted", "disk") and outcome.blocks > 0
+        assert (outcome.status, outcome.place) == ("deferred", "disk") and outcome.blocks > 0
     more = [*said, 5, 6, 7]
     with LLM(artifact, threads=2, state_dir=folder) as second, LLM(artifact, enable_prefix_caching=False) as cold:
         assert [s.name for s in second.engine.sessions.list()] == ["agent"]  # type: ignore[union-attr]

@@ -297,7 +297,7 @@ def test_whole_checkpoints(method: str, tiny_checkpoint: Path, tmp_path: Path) -
 
 
 def test_config_in_a_file_of_its_own(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "trace_checkpoint", lambda checkpoint, length: checkpoint)
+    monkeypatch.setattr(huggingface, "trace_checkpoint", lambda checkpoint, length, task: checkpoint)
     folder = tmp_path / "old"
     floats = makers.checkpoint(tiny_checkpoint, folder, {}, makers.gptq)
     beside = folder / "quantize_config.json"

@@ -302,6 +302,7 @@ def test_sessions_outlive_a_sigkill(start: Callable[..., Server], tmp_path: Path
         first.process.wait()
     second = start(*state)
     listed = {s["id"]: s for s in httpx.get(second.url + "/v1/sessions").json()["data"]}
+    listed.pop("lost", None)  # on a busy machine its answer may have ended before the kill
     assert listed.keys() == talks.keys()
     assert all(s["saved"] and s["on_disk"] == s["blocks"] > 0 and s["pooled"] == 0 for s in listed.values())
     assert httpx.post(second.url + "/v1/sessions/agent 0/resume", json={}).json()["status"] == "accepted"
