@@ -248,6 +248,8 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
     for model in dict.fromkeys(c["model"] for c in report["cells"]):
         cells = [c for c in report["cells"] if c["model"] == model and (c["tokens"] or {"sane": True})["sane"]]
         shown = [m for m in METRICS if any(c["metric"] == m for c in cells)]
+        if not shown:
+            continue
         figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3.4), squeeze=False)
         for axis, metric in zip(axes[0], shown):
             mine = sorted((c for c in cells if c["metric"] == metric),
