@@ -16,7 +16,6 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
 from inferloom.ir.ops.attention import Q_POS
@@ -29,7 +28,7 @@ from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.kvlayout import KEYS
 from inferloom.targets.tvm.rows import storage
 from inferloom.targets.tvm.rowvalue import tree
-from inferloom.targets.tvm.scalars import as_float, emit_expr
+from inferloom.targets.tvm.scalars import as_float, attr_expr, emit_expr
 
 Expr = Any
 MAX_HEADS = 8
@@ -235,7 +234,7 @@ class _Attention:
             raw = scores[lane_of(m * self.keys + s * KEYS, KEYS)]
             env = {"score": bind(self.tiles.scaled(raw, s, float(str(self.node.attrs["scale"])))), "k_pos": k_pos, **where}
             seen = self._vector("visible", env)
-            if self._expr("last") != Q_POS:
+            if attr_expr(self.node, "last") != Q_POS:
                 seen = T.And(seen, k_pos <= splat(self.lasts[token], KEYS))
             if self.chosen >= 0:
                 seen = T.And(seen, splat(self.named[token], KEYS) > splat(T.int32(0), KEYS))
@@ -252,17 +251,11 @@ class _Attention:
 
     # -- scalar expressions
 
-    def _expr(self, name: str) -> scalar.Expr:
-        made = self.node.attrs[name]
-        if not isinstance(made, scalar.Expr):
-            raise TypeError(made)
-        return made
-
     def _scalar(self, name: str, env: Mapping[str, Expr]) -> Expr:
-        return emit_expr(self._expr(name), env, self.extras, 1)
+        return emit_expr(attr_expr(self.node, name), env, self.extras, 1)
 
     def _vector(self, name: str, env: Mapping[str, Expr]) -> Expr:
-        return emit_expr(self._expr(name), env, self.extras, KEYS)
+        return emit_expr(attr_expr(self.node, name), env, self.extras, KEYS)
 
 
 def _block_rows(size: int) -> int:

@@ -34,13 +34,17 @@ UNROLL = 4
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
     """The PrimFunc of a "matmul" kernel, its grid, and its arguments as operand-then-result numbers."""
+    return lower_as(Matmul, source, isa)
+
+
+def lower_as(program: type[Matmul], source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
+    """As `lower`, with the program that multiplies by the weight as it is stored."""
     body = source.node.attrs["body"]
     if not isinstance(body, Graph):
         raise TypeError(body)
-    made = Matmul(body, source, isa)
+    made = program(body, source, isa)
     fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
-    grid = Grid(-1, 1, made.tiles)
-    return fn, grid, tuple(a for a, _ in made.signature)
+    return fn, Grid(-1, 1, made.tiles), tuple(a for a, _ in made.signature)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from inferloom.ir.graph import Graph, Value
 from inferloom.ir.types import TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import LANES, bind, f32, kernel, lane_of, number, opaque, scratch, splat, store, wide
+from inferloom.targets.tvm.emit import LANES, bind, f32, lane_of, number, opaque, scratch, splat, store, wide
 from inferloom.targets.tvm.integers import PairProducts, products
 from inferloom.targets.tvm.isa import CpuIsa
-from inferloom.targets.tvm.matmul import PANEL, TILE, UNROLL, Column, Matmul, for_blocks
+from inferloom.targets.tvm.matmul import PANEL, TILE, UNROLL, Column, Matmul, for_blocks, lower_as
 from inferloom.targets.tvm.rows import row_dim, storage
 
 Expr = Any
@@ -32,12 +32,7 @@ SHIFT = {"int8": 128, "int4": 8}
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
     """The PrimFunc of a "matmul" kernel over a quantised weight, its grid, and its arguments as operand-then-result numbers."""
-    body = source.node.attrs["body"]
-    if not isinstance(body, Graph):
-        raise TypeError(body)
-    made = _Quantized(body, source, isa)
-    fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
-    return fn, Grid(-1, 1, made.tiles), tuple(a for a, _ in made.signature)
+    return lower_as(_Quantized, source, isa)
 
 
 class _Quantized(Matmul):

@@ -88,15 +88,17 @@ class RowProgram:
         self.state: dict[Value, tuple[Expr, int]] = {}
         self.producers = body.producers()
 
-    def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
-        count = len(self.body.inputs)
+    def _bind_inputs(self, views: list[Expr]) -> None:
         for i, value in enumerate(self.body.inputs):
             if isinstance(value.type, StateType):
                 self.state[value] = views[i], self.layouts[i].block_stride // value.type.dtype.itemsize
                 continue
             self.views[value] = views[i]
-            shape = self._shape(value)
-            self.env[value] = memory(views[i], shape, self._ld(value, self.layouts[i].ld), value.type.dtype)
+            self.env[value] = memory(views[i], self._shape(value), self._ld(value, self.layouts[i].ld), value.type.dtype)
+
+    def emit(self, views: list[Expr], dims: Expr, chunk: Expr) -> None:
+        count = len(self.body.inputs)
+        self._bind_inputs(views)
         begin = bind(chunk * ROWS_PER_CHUNK)
         with T.serial(0, T.min(T.int32(ROWS_PER_CHUNK), dims[self.dim] - begin)) as r:
             row = bind(begin + r)

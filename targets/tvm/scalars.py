@@ -9,6 +9,7 @@ from tvm.tirx.script import builder as T
 
 from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
+from inferloom.ir.graph import Node
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import bind, f32, number, splat, typed
 
@@ -31,6 +32,14 @@ def _is_float(x: Expr) -> bool:
 _ARITHMETIC = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "min": T.min,
                "max": T.max}
 _COMPARISON = {"lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "eq": T.EQ}
+
+
+def attr_expr(node: Node, name: str) -> scalar.Expr:
+    """The scalar expression that is an attribute of `node`."""
+    made = node.attrs[name]
+    if not isinstance(made, scalar.Expr):
+        raise TypeError(made)
+    return made
 
 
 def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes: int) -> Expr:

@@ -9,9 +9,9 @@ from tvm.tirx.script import builder as T
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
 from inferloom.targets.base import Grid, KernelSource, matmul_of
-from inferloom.targets.tvm.emit import bind, kernel, lane_of, scratch, wide
+from inferloom.targets.tvm.emit import bind, lane_of, scratch, wide
 from inferloom.targets.tvm.isa import CpuIsa
-from inferloom.targets.tvm.matmul import PANEL, TILE, Column, Matmul, is_wide
+from inferloom.targets.tvm.matmul import PANEL, TILE, Column, Matmul, is_wide, lower_as
 from inferloom.targets.tvm.rows import row_dim, storage
 from inferloom.targets.tvm.unpacked import Unpacked
 
@@ -20,12 +20,7 @@ Expr = Any
 
 def lower(source: KernelSource, isa: CpuIsa) -> tuple[Any, Grid, tuple[int | str, ...]]:
     """The PrimFunc of a "matmul" kernel over a quantised weight and floats, its grid, and its arguments."""
-    body = source.node.attrs["body"]
-    if not isinstance(body, Graph):
-        raise TypeError(body)
-    made = _WeightOnly(body, source, isa)
-    fn = kernel(source.symbol, made.signature, made.emit, isa.llvm)
-    return fn, Grid(-1, 1, made.tiles), tuple(a for a, _ in made.signature)
+    return lower_as(_WeightOnly, source, isa)
 
 
 class _WeightOnly(Unpacked, Matmul):

@@ -12,7 +12,6 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Graph, Value
 from inferloom.ir.ops.attention import Q_POS
@@ -23,7 +22,7 @@ from inferloom.targets.tvm.emit import bind
 from inferloom.targets.tvm.kvlayout import KEYS
 from inferloom.targets.tvm.portable.emit import THREADS, Group, device_kernel, local
 from inferloom.targets.tvm.rows import storage
-from inferloom.targets.tvm.scalars import as_float, emit_expr
+from inferloom.targets.tvm.scalars import as_float, attr_expr, emit_expr
 
 Expr = Any
 #: What a row that has seen no key yet, and a key that is not seen, have for a score.
@@ -89,7 +88,7 @@ class _DeviceAttention:
             T.buffer_store(total, T.float32(1.0 if sink >= 0 else 0.0), [0])
             lowest = bind(T.max(self._scalar("first", where), T.int32(0)) // THREADS)
             last = where["q_pos"]
-            if self._expr("last") != Q_POS:
+            if attr_expr(self.node, "last") != Q_POS:
                 last = bind(T.min(self._scalar("last", where), self.lens[seq] - 1))
             with T.serial(0, last // THREADS + 1 - lowest) as step:
                 begin = bind((lowest + step) * THREADS)
@@ -131,14 +130,8 @@ class _DeviceAttention:
                     with T.Then():
                         T.buffer_store(result, acc[c] * inverse, [token * self.ldo + head * dv + c * THREADS + thread])
 
-    def _expr(self, name: str) -> scalar.Expr:
-        made = self.node.attrs[name]
-        if not isinstance(made, scalar.Expr):
-            raise TypeError(made)
-        return made
-
     def _scalar(self, name: str, env: Mapping[str, Expr]) -> Expr:
-        return emit_expr(self._expr(name), env, self.extras, 1)
+        return emit_expr(attr_expr(self.node, name), env, self.extras, 1)
 
     def _place(self, seq: Expr, head: Expr, key: Expr) -> tuple[Expr, Expr]:
         """Where the tile of 16 tokens that a key is in begins, and which of it the key is; beyond the last, the last."""

@@ -20,7 +20,7 @@ from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.emit import bind
 from inferloom.targets.tvm.portable.emit import THREADS, Group, device_kernel, unflatten
 from inferloom.targets.tvm.rows import RowProgram, axes_of
-from inferloom.targets.tvm.rowvalue import RowValue, flat, in_scratch, last, memory
+from inferloom.targets.tvm.rowvalue import RowValue, flat, in_scratch, last
 
 Expr = Any
 Index = Any
@@ -42,12 +42,7 @@ class _DeviceRow(RowProgram):
     def emit_device(self, views: list[Expr], dims: Expr, chunk: Expr, group: Group) -> None:
         self.group = group
         count = len(self.body.inputs)
-        for i, value in enumerate(self.body.inputs):
-            if isinstance(value.type, StateType):
-                self.state[value] = views[i], self.layouts[i].block_stride // value.type.dtype.itemsize
-                continue
-            self.views[value] = views[i]
-            self.env[value] = memory(views[i], self._shape(value), self._ld(value, self.layouts[i].ld), value.type.dtype)
+        self._bind_inputs(views)
         row = bind(chunk)
         for node in self.body.nodes:
             self._node(node, row)
