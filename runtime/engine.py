@@ -385,7 +385,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise ValueError when blocks leak or books disagree."""
         self.scheduler.check_integrity()
-        self.leases.check_integrity()
+        if self.sessions is not None:
+            self.sessions.check_integrity()
         queued = len(self.scheduler.waiting) + len(self.scheduler.running)
         open_ = sum(s.finish_reason is None for r in self._requests.values() for s in r.sequences)
         if queued != open_:

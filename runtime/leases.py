@@ -1,16 +1,36 @@
-"""Leases: cached state that is to stay in the pool for a while.
+"""Leases: cached state that is to stay where it is for a while, in the pool or in memory.
 
 A lease is a wish. Leased blocks are the last to be taken when the pool needs room, but they are taken then, so no lease
-can stand in the way of a request; leases together hold a bounded share of the pool, each ends by itself, and what it held
+can stand in the way of a request; leases together hold a bounded share of the place, each ends by itself, and what it held
 is ordinary cache from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from inferloom.runtime.blocks import BlockPool, Key
+from inferloom.runtime.blocks import Key
+
+
+class Place(Protocol):
+    """What state can be leased in; `leased` counts the blocks that are there under lease."""
+
+    @property
+    def leased(self) -> int: ...
+
+    def lookup(self, key: Key) -> Sequence[object] | None:
+        """The blocks under `key`."""
+        ...
+
+    def lease(self, key: Key) -> None: ...
+
+    def unlease(self, key: Key) -> None: ...
+
+    def is_leased(self, key: Key) -> bool: ...
+
+    def check_leases(self, keys: Iterable[Key]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +48,9 @@ class Outcome:
 
 
 class Leases:
-    """Leases on cached keys of one pool, at most `most` blocks together, each for at most `longest` seconds."""
+    """Leases on cached keys of one place, at most `most` blocks together, each for at most `longest` seconds."""
 
-    def __init__(self, pool: BlockPool, most: int, longest: float = 3600.0) -> None:
+    def __init__(self, pool: Place, most: int, longest: float = 3600.0) -> None:
         self.pool, self.most, self.longest = pool, most, longest
         self._held: dict[str, tuple[tuple[Key, ...], float]] = {}
 
@@ -54,7 +74,7 @@ class Leases:
         for key in keys:
             found = self.pool.lookup(key)
             if found is None:
-                why.append("not all of it is in the pool")
+                why.append("not all of it is there")
                 break
             if not self.pool.is_leased(key) and self.pool.leased + len(found) > self.most:
                 why.append(f"leases hold {self.most} blocks at most")
@@ -66,6 +86,12 @@ class Leases:
             return Outcome("rejected", "; ".join(why) or "there is nothing to hold")
         self._held[name] = tuple(taken), now + until
         return Outcome("clipped" if why else "accepted", "; ".join(why), blocks, "keep", until)
+
+    def fits(self, keys: Sequence[Key]) -> bool:
+        """Whether all of `keys` are there, and could be leased together."""
+        found = {key: self.pool.lookup(key) for key in keys}
+        new = sum(len(blocks or ()) for key, blocks in found.items() if not self.pool.is_leased(key))
+        return None not in found.values() and self.pool.leased + new <= self.most
 
     def remaining(self, name: str, now: float) -> float:
         """Seconds until the lease ends; 0 when there is none."""

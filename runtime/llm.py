@@ -87,7 +87,7 @@ class LLM:
             page, costs = m.state.bytes_per_block, Costs.unknown()
             disk = None if state_dir is None else DiskStore(state_dir, self.artifact.identity, page, disk_bytes, _PATIENCE)
             tiers = Tiers(page, RamStore(ram_bytes) if ram_bytes else None, disk, costs,
-                          None if disk is None else DiskWriter(disk, costs.disk))
+                          None if disk is None else DiskWriter(disk))
             self._opened.append(tiers)
             self.tokenizer, self.chat_template = texts.result()
         except BaseException:

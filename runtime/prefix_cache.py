@@ -89,7 +89,11 @@ class PrefixCache:
             found = {key: store.fetch(key) for key in missing}
             whole = {key: pages for key, pages in found.items() if pages is not None}
             if len(whole) == len(found):  # else something was damaged and is forgotten: look again
-                return keys if self.bring(keys, whole) else pooled
+                if not self.bring(keys, whole):
+                    return pooled
+                for key in whole:
+                    store.moved(key)
+                return keys
         return pooled
 
     def bring(self, keys: Sequence[bytes], pages: Mapping[Key, Pages]) -> bool:

@@ -27,8 +27,8 @@ from inferloom.runtime.tiers.tiers import Tiers
 MAX_NAME, MAX_SESSIONS = 320, 10_000
 #: Tokens of all sessions together at most: each takes 4 bytes, and a share of its block's hash.
 MAX_TOKENS = 1 << 25
-#: How long a session stays on disk at most, in seconds.
-LONGEST_ON_DISK = 30 * 86400.0
+#: How long a session is held in memory and stays on disk at most, in seconds.
+LONGEST_IN_RAM, LONGEST_ON_DISK = 86400.0, 30 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class Sessions:
     def __init__(self, cache: PrefixCache, leases: Leases, tiers: Tiers, clock: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time) -> None:
         self.cache, self.leases, self.tiers, self._clock, self._wall = cache, leases, tiers, clock, wall
+        self._in_ram = None if tiers.ram is None else Leases(tiers.ram, tiers.ram.capacity // tiers.page_bytes, LONGEST_IN_RAM)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._tokens = 0
         self._looked = wall()
@@ -69,7 +70,7 @@ class Sessions:
     def remember(self, name: str, tokens: Sequence[int], root: bytes | None = None) -> None:
         """A request of the session has come so far: `tokens`, whose hashes start from `root`, have state."""
         check_name(name)
-        self.leases.drop(name)
+        self._drop_leases(name)
         self._set(name, tokens, root)
         while len(self._sessions) > MAX_SESSIONS or (self._tokens > MAX_TOKENS and len(self._sessions) > 1):
             self.close(self._one_too_many())
@@ -87,17 +88,12 @@ class Sessions:
         needed = self.cache.needs(session.keys)
         if not needed:
             return Outcome("rejected", f"the session has less than a block of {self.cache.block_tokens} tokens")
-        if place in ("auto", "memory"):
-            pause = seconds if returns_in is None else min(returns_in, seconds)
-            place = self._cheapest(session, needed, pause, disk=place == "auto")
-        if place == "keep":
-            return self.leases.take(name, needed, seconds, self._clock())
-        if place == "ram":
-            return self._to_ram(name, needed, seconds)
-        if place == "disk":
-            return self._to_disk(name, session, needed, min(seconds, LONGEST_ON_DISK))
-        self.leases.drop(name)
-        return Outcome("accepted", "its blocks are ordinary cache now", 0, "discard")
+        if place in PLACES:
+            return self._put(place, name, session, needed, seconds)
+        self._drop_leases(name)
+        pause = seconds if returns_in is None else min(returns_in, seconds)
+        made = (self._put(p, name, session, needed, seconds) for p in self._by_cost(session, needed, pause, place == "auto"))
+        return next(outcome for outcome in made if outcome.status != "rejected")  # discard never is
 
     def hold(self, name: str, seconds: float, place: str = "auto") -> Outcome:
         """`pause`; what its place cannot take waits where it costs least, clipped."""
@@ -122,7 +118,7 @@ class Sessions:
 
     def close(self, name: str) -> bool:
         """The session is over: no lease, no saved copy. Whether there was one."""
-        self.leases.drop(name)
+        self._drop_leases(name)
         if self.tiers.writer is not None:
             self.tiers.writer.cancel(name)
         if self.tiers.disk is not None:
@@ -154,37 +150,59 @@ class Sessions:
         where = self.tiers.where(below)
         saved = self.tiers.disk is not None and name in self.tiers.disk.sessions
         return SessionInfo(name, len(session.tokens), len(needed), len(needed) - len(below), where["ram"], where["disk"],
-                           self.leases.remaining(name, now), saved)
+                           max(leases.remaining(name, now) for leases in self._leases()), saved)
 
     def tick(self) -> None:
         """End what has timed out; cheap enough for every step."""
-        self.leases.expire(self._clock())
+        for leases in self._leases():
+            leases.expire(self._clock())
         now = self._wall()
         if self.tiers.disk is not None and abs(now - self._looked) > 10:
             self._looked = now
             self.tiers.disk.expire(now)
 
+    def check_integrity(self) -> None:
+        """Raise ValueError when what is leased and what is there disagree."""
+        for leases in self._leases():
+            leases.check_integrity()
+        if self.tiers.ram is not None:
+            self.tiers.ram.check_integrity()
+
+    def _put(self, place: str, name: str, session: _Session, needed: Sequence[Key], seconds: float) -> Outcome:
+        if place == "keep":
+            return self.leases.take(name, needed, seconds, self._clock())
+        if place == "ram":
+            return self._to_ram(name, needed, seconds)
+        if place == "disk":
+            return self._to_disk(name, session, needed, min(seconds, LONGEST_ON_DISK))
+        self._drop_leases(name)
+        return Outcome("accepted", "its blocks are ordinary cache now", 0, "discard")
+
     def _to_ram(self, name: str, needed: Sequence[Key], seconds: float) -> Outcome:
-        ram = self.tiers.ram
-        if ram is None:
+        ram, leases = self.tiers.ram, self._in_ram
+        if ram is None or leases is None:
             return Outcome("rejected", "there is no tier in memory", place="ram")
         start = time.perf_counter()
         pages = self._pages(needed)
         if sum(map(size, pages.values())) > ram.capacity:
             return Outcome("rejected", f"it is larger than the tier in memory, {ram.capacity:,} bytes", place="ram")
+        leases.drop(name)
+        if ram.leased + sum(len(each) for key, each in pages.items() if not ram.is_leased(key)) > leases.most:
+            return Outcome("rejected", "others are held in the tier in memory", place="ram")
         for key, each in pages.items():
             ram.put(key, each)
         self.tiers.costs.ram.add(sum(map(size, pages.values())), time.perf_counter() - start)
         self.leases.drop(name)
-        whole = len(pages) == len(needed)
-        return Outcome("accepted" if whole else "clipped", "" if whole else "some of it was gone already", len(pages), "ram",
-                       seconds)
+        there = [key for key in needed if key in pages]
+        made = leases.take(name, there, seconds, self._clock())
+        if made.status == "rejected" or len(there) == len(needed):
+            return replace(made, place="ram")
+        return replace(made, status="clipped", why="some of it was gone already", place="ram")
 
     def _to_disk(self, name: str, session: _Session, needed: Sequence[Key], seconds: float) -> Outcome:
         disk = self.tiers.disk
         if disk is None:
             return Outcome("rejected", "there is no disk tier", place="disk")
-        start, before = time.perf_counter(), disk.used
         pages = self._pages([key for key in needed if key not in disk])
         saved = [key for key in needed if key in pages or key in disk]
         if not saved:
@@ -194,14 +212,13 @@ class Sessions:
         if self.tiers.writer is not None:
             if not self.tiers.writer.put(pages, made):
                 return Outcome("rejected", "too much waits to be written already", place="disk")
-            self.leases.drop(name)
+            self._drop_leases(name)
             return Outcome("deferred", why, len(saved), "disk", seconds)
         try:
             disk.save(pages, made)
         except RequestError as error:
             return Outcome("rejected", str(error), place="disk")
-        self.tiers.costs.disk.add(disk.used - before, time.perf_counter() - start)
-        self.leases.drop(name)
+        self._drop_leases(name)
         return Outcome("clipped" if why else "accepted", why, len(saved), "disk", seconds)
 
     def _pages(self, needed: Sequence[Key]) -> dict[Key, Pages]:
@@ -214,16 +231,22 @@ class Sessions:
                 found[key] = pages
         return found
 
-    def _cheapest(self, session: _Session, needed: Sequence[Key], pause: float, disk: bool) -> str:
-        pool = self.cache.pool
-        places = ["keep", "discard"]
-        if self.tiers.ram is not None:
-            places.insert(1, "ram")
-        if self.tiers.disk is not None and disk:
-            places.insert(-1, "disk")
-        blocks = sum(len(pool.lookup(key) or ()) for key in needed)
-        return self.tiers.costs.choose(tuple(places), tokens=len(session.tokens), bytes=blocks * self.tiers.page_bytes,
-                                 pause=pause, pressure=1 - pool.unused / pool.size)
+    def _by_cost(self, session: _Session, needed: Sequence[Key], pause: float, disk: bool) -> Sequence[str]:
+        """Places that there are, the cheapest first."""
+        pool, page = self.cache.pool, self.tiers.page_bytes
+        there = {"keep": self.leases.fits(needed), "ram": self.tiers.ram is not None,
+                 "disk": disk and self.tiers.disk is not None, "discard": True}
+        own = page * sum(len(pool.lookup(key) or ()) for key in needed)
+        return self.tiers.costs.order((place for place in PLACES if there[place]), tokens=len(session.tokens), bytes=own,
+                                      pause=pause, pressure=1 - pool.unused / pool.size,
+                                      running=page * (pool.size - pool.available))
+
+    def _leases(self) -> Sequence[Leases]:
+        return [self.leases] if self._in_ram is None else [self.leases, self._in_ram]
+
+    def _drop_leases(self, name: str) -> None:
+        for leases in self._leases():
+            leases.drop(name)
 
     def _set(self, name: str, tokens: Sequence[int], root: bytes | None) -> None:
         old = self._sessions.pop(name, None)

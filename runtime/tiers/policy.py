@@ -3,15 +3,17 @@
 While a session pauses, its state can stay in the pool, wait in memory or on disk, or be thrown away and computed again.
 Each wastes memory of the pool for some time (the measure of InferCept, https://arxiv.org/abs/2402.01869):
 
-    keep     bytes x pause, in so far as the pool is short of room
-    move     bytes x (time out + time back)
-    discard  bytes x time to compute its tokens again
+    keep     its bytes x pause, in so far as the pool is short of room
+    move     (its bytes + those of all who run) x (time to copy it out + time to read it back)
+    discard  (its bytes + those of all who run) x time to compute its tokens again
 
-All three are in proportion to the bytes, so what is compared is seconds. Speeds are measured where the engine runs.
+Who runs meanwhile has to wait, so that their bytes are wasted as well. All is divided by the session's bytes, so that seconds
+are compared. Writing to disk costs no step and is not counted. Speeds are measured where the engine runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 PLACES = ("keep", "ram", "disk", "discard")
@@ -36,7 +38,7 @@ class Rate:
 
 @dataclass(slots=True)
 class Costs:
-    """Measured speeds: prompt tokens computed per second, bytes per second to and from each tier."""
+    """Measured speeds: prompt tokens computed per second, bytes per second to and from memory, and read from disk."""
 
     compute: Rate
     ram: Rate
@@ -47,17 +49,21 @@ class Costs:
         """Guesses that favour keeping what is there, until the first measurements come in."""
         return cls(Rate(500.0), Rate(4e9), Rate(400e6))
 
-    def seconds(self, place: str, *, tokens: int, bytes: int, pause: float, pressure: float) -> float:
+    def seconds(self, place: str, *, tokens: int, bytes: int, pause: float, pressure: float, running: int = 0) -> float:
         """Seconds for which the session's bytes are wasted in `place`, for a pause of so many seconds.
 
-        `pressure`: 0 to 1, the share of the pool that is held or cached for others.
+        `pressure`: 0 to 1, the share of the pool that is held or cached for others. `running`: bytes of the pool that
+        are held by who runs.
         """
         if place == "keep":
             return pause * pressure
+        stall = 1 + running / max(bytes, 1)
         if place == "discard":
-            return tokens / self.compute.guess
-        return 2 * bytes / (self.ram if place == "ram" else self.disk).guess
+            return stall * tokens / self.compute.guess
+        return stall * (bytes / self.ram.guess + bytes / (self.ram if place == "ram" else self.disk).guess)
 
-    def choose(self, places: tuple[str, ...], *, tokens: int, bytes: int, pause: float, pressure: float) -> str:
-        """The cheapest of `places`; the first of equals."""
-        return min(places, key=lambda p: self.seconds(p, tokens=tokens, bytes=bytes, pause=pause, pressure=pressure))
+    def order(self, places: Iterable[str], *, tokens: int, bytes: int, pause: float, pressure: float,
+              running: int = 0) -> list[str]:
+        """The cheapest of `places` first, equals as they are given."""
+        return sorted(places, key=lambda place: self.seconds(place, tokens=tokens, bytes=bytes, pause=pause, pressure=pressure,
+                                                             running=running))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
 from inferloom.runtime.blocks import Key
 from inferloom.runtime.errors import RequestError
@@ -10,45 +11,103 @@ from inferloom.runtime.tiers.store import Pages, size
 
 
 class RamStore:
-    """At most `capacity` bytes of pages."""
+    """At most `capacity` bytes of pages. What is under lease stays when others come."""
 
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
             raise RequestError(f"a tier cannot have {capacity} bytes")
         self.capacity, self.used = capacity, 0
+        self.leased = 0  # blocks under lease
+        self._kept_bytes = 0
         self._pages: OrderedDict[Key, Pages] = OrderedDict()
+        self._kept: OrderedDict[Key, Pages] = OrderedDict()  # pages under lease
+        self._leases: Counter[Key] = Counter()
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._pages
+        return key in self._of(key)
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return len(self._pages) + len(self._kept)
 
     def fetch(self, key: Key) -> Pages | None:
-        if key in self._pages:
-            self._pages.move_to_end(key)
-        return self._pages.get(key)
+        pages = self._of(key).get(key)
+        if pages is not None:
+            self._of(key).move_to_end(key)
+        return pages
 
     def put(self, key: Key, pages: Pages) -> list[tuple[Key, Pages]]:
-        """Keep `pages`; what had to go for them, themselves if they are larger than everything."""
+        """Keep `pages`; what had to go for them, themselves if there is no room.
+
+        Leased pages go for leased ones only.
+        """
         self.drop(key)
-        gone = []
-        while self._pages and self.used + size(pages) > self.capacity:
-            old, its = self._pages.popitem(last=False)
-            self.used -= size(its)
-            gone.append((old, its))
-        if size(pages) > self.capacity:
-            return [*gone, (key, pages)]
-        self._pages[key] = pages
-        self.used += size(pages)
+        gone, need = list[tuple[Key, Pages]](), size(pages)
+        if need > self.capacity - (0 if key in self._leases else self._kept_bytes):
+            return [(key, pages)]
+        while self.used + need > self.capacity:
+            old = next(iter(self._pages or self._kept))
+            gone.append((old, self._of(old)[old]))
+            self.drop(old)
+        self._add(key, pages, 1)
         return gone
 
-    def drop(self, key: Key) -> None:
-        pages = self._pages.pop(key, None)
+    def drop(self, key: Key) -> Pages | None:
+        """Forget what is under `key`, and return it."""
+        pages = self.lookup(key)
         if pages is not None:
-            self.used -= size(pages)
+            self._add(key, pages, -1)
+        return pages
+
+    def lookup(self, key: Key) -> Pages | None:
+        """What is under `key`, which is not counted as a use."""
+        return self._of(key).get(key)
+
+    def lease(self, key: Key) -> None:
+        """Hold what is under `key` against what is not leased; as often as it is leased, it must be unleased."""
+        self._lease(key, 1)
+
+    def unlease(self, key: Key) -> None:
+        """One lease less; the last one makes it ordinary, as recently used as can be."""
+        if not self._leases[key]:
+            raise ValueError("a key is unleased more often than it was leased")
+        self._lease(key, -1)
+
+    def is_leased(self, key: Key) -> bool:
+        return key in self._leases
+
+    def _lease(self, key: Key, change: int) -> None:
+        pages = self.drop(key)
+        self._leases[key] += change
+        if not self._leases[key]:
+            del self._leases[key]
+        if pages is not None:
+            self._add(key, pages, 1)
+
+    def _add(self, key: Key, pages: Pages, sign: int) -> None:
+        """Put the pages where they belong (1) or take them away (-1)."""
+        self.used += sign * size(pages)
+        if sign > 0:
+            self._of(key)[key] = pages
+        else:
+            del self._of(key)[key]
+        if key in self._leases:
+            self.leased += sign * len(pages)
+            self._kept_bytes += sign * size(pages)
+
+    def _of(self, key: Key) -> OrderedDict[Key, Pages]:
+        """Where the key's pages belong."""
+        return self._kept if key in self._leases else self._pages
+
+    def check_leases(self, keys: Iterable[Key]) -> None:
+        """Raise ValueError unless these leased keys (one entry a lease) are all that there are."""
+        if Counter(keys) != self._leases:
+            raise ValueError("leases and the tier in memory disagree")
 
     def check_integrity(self) -> None:
         """Raise ValueError when the bytes do not add up."""
-        if self.used != sum(map(size, self._pages.values())) or self.used > self.capacity:
+        if self.used != sum(map(size, (*self._pages.values(), *self._kept.values()))) or self.used > self.capacity:
             raise ValueError(f"the tier in memory counts {self.used} bytes of {self.capacity}")
+        kept = self._kept.values()
+        counts = sum(map(len, kept)), sum(map(size, kept))
+        if self._kept.keys() - self._leases.keys() or (self.leased, self._kept_bytes) != counts:
+            raise ValueError(f"the tier in memory counts {self.leased} leased blocks, and has others")

@@ -34,6 +34,10 @@ class Store(Protocol):
         """The pages under `key`; None when they are not there, or not whole: then `key` is forgotten, too."""
         ...
 
+    def moved(self, key: Key) -> None:
+        """What was fetched is in the pool now."""
+        ...
+
     def put(self, key: Key, pages: Pages) -> None:
         """Take what leaves the pool. What finds no room is dropped: it can be computed again."""
         ...

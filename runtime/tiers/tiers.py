@@ -58,6 +58,11 @@ class Tiers:
             self.costs.disk.add(size(pages), time.perf_counter() - start)
         return pages
 
+    def moved(self, key: Key) -> None:
+        """What the pool has need not be in memory twice: it comes back when it leaves the pool."""
+        if self.ram is not None:
+            self.ram.drop(key)
+
     def put(self, key: Key, pages: Pages) -> None:
         if self.ram is not None:
             self.ram.put(key, pages)

@@ -7,13 +7,11 @@ any more, and one that is saved again before its turn is saved once, as it was l
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
 from inferloom.runtime.blocks import Key
 from inferloom.runtime.tiers.disk import DiskStore, SavedSession
-from inferloom.runtime.tiers.policy import Rate
 from inferloom.runtime.tiers.store import Pages, size
 
 #: Bytes of pages that may wait to be written.
@@ -21,10 +19,10 @@ MAX_WAITING = 256 << 20
 
 
 class DiskWriter:
-    """Writes to `disk` what is put, in order; `rate` learns how fast it is. `failed` counts what could not be saved."""
+    """Writes to `disk` what is put, in order. `failed` counts what could not be saved."""
 
-    def __init__(self, disk: DiskStore, rate: Rate, most: int = MAX_WAITING) -> None:
-        self._disk, self._rate, self._most = disk, rate, most
+    def __init__(self, disk: DiskStore, most: int = MAX_WAITING) -> None:
+        self._disk, self._most = disk, most
         self._waiting: OrderedDict[str, tuple[Mapping[Key, Pages], SavedSession]] = OrderedDict()
         self._now: SavedSession | None = None  # what is being written
         self._bytes, self._busy, self._closed = 0, False, False
@@ -77,10 +75,8 @@ class DiskWriter:
                     return
                 _, (pages, session) = self._waiting.popitem(last=False)
                 self._now, self._busy = session, True
-            start, before = time.perf_counter(), self._disk.used
             try:
-                if self._disk.save(pages, session, lambda session=session: self._now is session):  # type: ignore[misc]
-                    self._rate.add(self._disk.used - before, time.perf_counter() - start)
+                self._disk.save(pages, session, lambda session=session: self._now is session)  # type: ignore[misc]
             except Exception:  # no room, or a disk that fails: the next one may go better
                 self.failed += 1
             finally:

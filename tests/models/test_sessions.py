@@ -63,7 +63,7 @@ def test_sessions_of_the_asyncio_engine(demo_bf16: Path) -> None:
         outcome = await llm.sessions(lambda sessions: sessions.pause("agent", 9.0, place="ram"))
         assert outcome.status == "accepted"
         (info,) = await llm.sessions(lambda sessions: sessions.list())
-        assert info.tokens == 126 and info.leased == 0
+        assert info.tokens == 126 and 8 < info.leased <= 9
         with pytest.raises(InferloomError, match="no session 'other'"):
             await llm.sessions(lambda sessions: sessions.info("other"))
         llm.close()

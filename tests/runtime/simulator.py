@@ -185,7 +185,7 @@ class Life:
         costs = Costs(Rate(1.0), Rate(1e9), Rate(1e9))
         self.engine = Engine(self.device, Limits(w.tokens, w.seqs, -(-LENGTH // SIZE), SIZE, LENGTH, groups), VOCAB, seed=0,
                              tiers=Tiers(self.device.page_bytes, RamStore(w.ram) if w.ram else None, disk, costs,
-                                         DiskWriter(disk, costs.disk) if w.writer and disk is not None else None),
+                                         DiskWriter(disk) if w.writer and disk is not None else None),
                              clock=lambda: self.now)
         self._make_pool(self.engine)
         self.device.pool = self.engine.pool

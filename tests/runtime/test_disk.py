@@ -240,3 +240,30 @@ def test_memory_is_bounded() -> None:
         ram.check_integrity()
     with pytest.raises(RequestError, match="-1 bytes"):
         RamStore(-1)
+
+
+def test_what_is_leased_in_memory_stays() -> None:
+    ram = RamStore(3 * PAGE)
+    entries = [entry(i) for i in range(5)]
+    for e in entries[:2]:
+        ram.put(*e)
+    ram.lease(entries[0][0])
+    ram.lease(entries[0][0])
+    ram.lease(entries[4][0])  # not there yet
+    assert ram.leased == 1 and ram.is_leased(entries[4][0])
+    assert ram.put(*entries[2]) == [] and ram.put(*entries[3]) == [entries[1]]
+    assert ram.put(*entries[4]) == [entries[2]] and ram.leased == 2
+    assert ram.put(*entries[1]) == [entries[3]] and ram.put(*entry(6, 2)) == [entry(6, 2)]
+    ram.check_leases([entries[0][0], entries[0][0], entries[4][0]])
+    with pytest.raises(ValueError, match="leases and the tier"):
+        ram.check_leases([])
+    ram.unlease(entries[0][0])
+    assert ram.leased == 2
+    ram.unlease(entries[0][0])
+    assert ram.leased == 1 and ram.put(*entries[2]) == [entries[1]]  # as recently used as can be
+    ram.check_integrity()
+    with pytest.raises(ValueError, match="more often"):
+        ram.unlease(entries[0][0])
+    ram.leased += 1
+    with pytest.raises(ValueError, match="leased blocks"):
+        ram.check_integrity()

@@ -14,7 +14,6 @@ import pytest
 
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.tiers.disk import DiskStore
-from inferloom.runtime.tiers.policy import Rate
 from inferloom.runtime.tiers.tiers import Tiers
 from inferloom.runtime.tiers.writer import DiskWriter
 from tests.runtime.fake import FakeDevice, finish, make_engine
@@ -44,7 +43,7 @@ def open_writer(tmp_path: Path) -> Iterator[Callable[..., tuple[DiskStore, DiskW
 
     def new(capacity: int = 1 << 20, most: int = 1 << 20) -> tuple[DiskStore, DiskWriter]:
         store = open_(tmp_path, capacity)
-        made.append((store, DiskWriter(store, Rate(1.0), most)))
+        made.append((store, DiskWriter(store, most)))
         return made[-1]
 
     yield new
@@ -59,7 +58,7 @@ def test_no_step_waits_for_it(slow: tuple[threading.Event, threading.Event], tmp
     begun, go = slow
     device = FakeDevice(BLOCKS, SIZE)
     disk = DiskStore(tmp_path, "toy", device.block_bytes, 1 << 20)
-    tiers = Tiers(device.block_bytes, None, disk, writer=DiskWriter(disk, Rate(1.0)))
+    tiers = Tiers(device.block_bytes, None, disk, writer=DiskWriter(disk))
     engine = make_engine(BLOCKS, SIZE, device=device, tiers=tiers)
     assert engine.sessions is not None and tiers.writer is not None
     engine.add_request("r", list(range(20)), SamplingParams(temperature=0, max_tokens=6), session="agent", hold=60.0,

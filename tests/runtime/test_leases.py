@@ -57,7 +57,7 @@ def test_leases_hold_a_bounded_share() -> None:
     assert (outcome.status, outcome.blocks, outcome.why) == ("clipped", 2, "leases hold 3 blocks at most")
     assert leases.take("b", keys[:1], 1.0, now=0.0).status == "accepted"  # what is leased already takes no more room
     assert leases.take("c", keys[1:], 1.0, now=0.0).status == "rejected"
-    assert leases.take("d", [(0, b"unknown")], 1.0, now=0.0).why == "not all of it is in the pool"
+    assert leases.take("d", [(0, b"unknown")], 1.0, now=0.0).why == "not all of it is there"
     assert leases.take("e", keys, 0.0, now=0.0).status == "rejected"
     assert leases.take("f", [], 1.0, now=0.0).why == "there is nothing to hold"
 

@@ -13,7 +13,7 @@ from inferloom.runtime.errors import RequestError
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.state import ALL_KEYS, Group
 from inferloom.runtime.tiers.disk import DiskStore
-from inferloom.runtime.tiers.policy import Costs, Rate
+from inferloom.runtime.tiers.policy import PLACES, Costs, Rate
 from inferloom.runtime.tiers.ram import RamStore
 from inferloom.runtime.tiers.tiers import Tiers
 from tests.runtime.fake import VOCAB, FakeDevice, finish, make_engine
@@ -167,18 +167,62 @@ def test_what_cannot_be() -> None:
 def test_the_cheapest_place() -> None:
     costs = Costs(compute=Rate(1000.0), ram=Rate(1e9), disk=Rate(1e8))
 
-    def choose(tokens: int, bytes: int, pause: float, pressure: float) -> str:
-        return costs.choose(("keep", "ram", "disk", "discard"), tokens=tokens, bytes=bytes, pause=pause, pressure=pressure)
+    def choose(tokens: int, bytes: int, pause: float, pressure: float, running: int = 0) -> str:
+        return costs.order(PLACES, tokens=tokens, bytes=bytes, pause=pause, pressure=pressure, running=running)[0]
 
     assert choose(tokens=1000, bytes=10**8, pause=60, pressure=0.0) == "keep"
     assert choose(tokens=1000, bytes=10**8, pause=60, pressure=0.9) == "ram"
     assert choose(tokens=1000, bytes=10**8, pause=0.1, pressure=0.9) == "keep"
     assert choose(tokens=10, bytes=10**8, pause=60, pressure=0.9) == "discard"
+    # What runs has to wait while a session's state moves or is computed again, but not while it stays.
+    assert choose(tokens=1000, bytes=10**8, pause=1, pressure=0.9, running=0) == "ram"
+    assert choose(tokens=1000, bytes=10**8, pause=1, pressure=0.9, running=10**9) == "keep"
     rate = Rate(1.0)
     rate.add(100, 1.0)
     rate.add(200, 1.0)
     rate.add(0, 1.0)
     assert rate.guess == pytest.approx(120)
+
+
+def test_auto_takes_the_next_place_when_one_is_full(tmp_path: Path) -> None:
+    page = FakeDevice(BLOCKS, SIZE).block_bytes
+    engine = start(ram=12 * page, folder=tmp_path, compute=1.0)
+    assert engine.sessions is not None and engine.tiers.ram is not None
+    prompts = {f"agent {i}": [i, *range(20)] for i in range(4)}
+    said, places = {}, []
+    for name, prompt in prompts.items():
+        said[name] = say(engine, prompt, session=name, hold=1000.0)
+        crowd(engine)  # what is not held is pushed out of the pool, and out of memory
+        places.append(next(p for p in ("keep", "ram", "disk") if {"keep": engine.sessions.info(name).pooled,
+                                                                  "ram": engine.sessions.info(name).in_ram,
+                                                                  "disk": engine.sessions.info(name).on_disk}[p] == 6))
+    assert places == ["ram", "ram", "disk", "disk"]
+    assert engine.tiers.ram.leased == 12 and engine.tiers.ram.put((0, b"other"), (bytes(page),)) != []
+    before = engine.device.computed  # type: ignore[attr-defined]
+    for name, tokens in said.items():
+        assert say(engine, [*tokens, 1], session=name) == say(make_engine(), [*tokens, 1])
+        engine.check_integrity()
+    assert engine.device.computed - before == 4 * (28 - 24 + 5)  # type: ignore[attr-defined]
+    assert engine.tiers.ram.leased == 0
+
+
+def test_memory_is_held_for_who_was_first() -> None:
+    clock, page = Clock(), FakeDevice(BLOCKS, SIZE).block_bytes
+    engine = start(ram=10 * page, clock=clock)
+    assert engine.sessions is not None
+    for name in ("a", "b"):
+        say(engine, [40 + ord(name) % 8, *range(20)], session=name)
+    assert engine.sessions.pause("a", 2 * 86400, place="ram").why == "leases last 86400 s at most"
+    assert engine.sessions.info("a").leased == 86400
+    crowd(engine)
+    assert engine.sessions.info("a").in_ram == 6
+    say(engine, [40 + ord("b") % 8, *range(20)], session="b")
+    assert engine.sessions.pause("b", 1.0, place="ram").why == "others are held in the tier in memory"
+    clock.now += 86400
+    engine.sessions.tick()
+    assert engine.sessions.pause("b", 1.0, place="ram").status == "accepted"
+    assert engine.sessions.info("a").in_ram == 4
+    engine.check_integrity()
 
 
 def test_too_many_are_the_fault_of_who_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
