@@ -3,8 +3,8 @@
 A session is a name for a sequence of tokens. Its state is ordinary cache: whoever sends these tokens again, under this
 name or not, starts from what is left of it. While it is paused, the state can be kept in the pool by a lease, be copied to
 memory or disk, or be given up; `auto` takes what costs least (tiers/policy.py). Each wish is answered by an `Outcome`,
-none changes any result. A name may start with an owner and a colon: when there are too many sessions, the owner who has most
-loses one.
+none changes any result. A name may start with an owner and a colon: where there is no room for all (of names, leases,
+memory, disk), the owner who has most gives first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from inferloom.runtime.blocks import Key
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.leases import Leases, Outcome
+from inferloom.runtime.owners import owner_of
 from inferloom.runtime.prefix_cache import PrefixCache
 from inferloom.runtime.tiers.disk import SavedSession
 from inferloom.runtime.tiers.policy import PLACES
@@ -92,7 +93,8 @@ class Sessions:
             return self._put(place, name, session, needed, seconds)
         self._drop_leases(name)
         pause = seconds if returns_in is None else min(returns_in, seconds)
-        made = (self._put(p, name, session, needed, seconds) for p in self._by_cost(session, needed, pause, place == "auto"))
+        places = self._by_cost(name, session, needed, pause, place == "auto")
+        made = (self._put(each, name, session, needed, seconds) for each in places)
         return next(outcome for outcome in made if outcome.status != "rejected")  # discard never is
 
     def hold(self, name: str, seconds: float, place: str = "auto") -> Outcome:
@@ -187,7 +189,7 @@ class Sessions:
         if sum(map(size, pages.values())) > ram.capacity:
             return Outcome("rejected", f"it is larger than the tier in memory, {ram.capacity:,} bytes", place="ram")
         leases.drop(name)
-        if ram.leased + sum(len(each) for key, each in pages.items() if not ram.is_leased(key)) > leases.most:
+        if not leases.make_room(name, sum(len(each) for key, each in pages.items() if not ram.is_leased(key))):
             return Outcome("rejected", "others are held in the tier in memory", place="ram")
         for key, each in pages.items():
             ram.put(key, each)
@@ -231,10 +233,10 @@ class Sessions:
                 found[key] = pages
         return found
 
-    def _by_cost(self, session: _Session, needed: Sequence[Key], pause: float, disk: bool) -> Sequence[str]:
+    def _by_cost(self, name: str, session: _Session, needed: Sequence[Key], pause: float, disk: bool) -> Sequence[str]:
         """Places that there are, the cheapest first."""
         pool, page = self.cache.pool, self.tiers.page_bytes
-        there = {"keep": self.leases.fits(needed), "ram": self.tiers.ram is not None,
+        there = {"keep": self.leases.fits(name, needed), "ram": self.tiers.ram is not None,
                  "disk": disk and self.tiers.disk is not None, "discard": True}
         own = page * sum(len(pool.lookup(key) or ()) for key in needed)
         return self.tiers.costs.order((place for place in PLACES if there[place]), tokens=len(session.tokens), bytes=own,
@@ -255,18 +257,14 @@ class Sessions:
 
     def _one_too_many(self) -> str:
         """The session that was longest unused of the owner who has most: nobody's are pushed out by another's many."""
-        counts = Counter(map(_owner, self._sessions))
+        counts = Counter(map(owner_of, self._sessions))
         most = max(counts, key=lambda owner: counts[owner])
-        return next(name for name in self._sessions if _owner(name) == most)
+        return next(name for name in self._sessions if owner_of(name) == most)
 
     def _find(self, name: str) -> _Session:
         if name not in self._sessions:
             raise RequestError(f"there is no session {name!r}")
         return self._sessions[name]
-
-
-def _owner(name: str) -> str:
-    return name.partition(":")[0] if ":" in name else ""
 
 
 def check_place(place: str) -> None:

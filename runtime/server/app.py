@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,13 +51,14 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
     ArtifactError, RequestError when one cannot be served.
     """
     made, names = list[Model](), set[str]()
-    for each in wanted:
+    artifacts = [Artifact.open(each.path) for each in wanted]
+    times = Counter(artifact.identity for artifact in artifacts)
+    for each, artifact in zip(wanted, artifacts, strict=True):
         if twice := names & set(each.names):
             raise ArtifactError(f"two artifacts are both called {sorted(twice)[0]}: give --served-model-name")
         names |= set(each.names)
-        artifact = Artifact.open(each.path)
         if each.state_dir is not None:
-            each = replace(each, state_dir=str(Path(each.state_dir).expanduser().absolute() / artifact.identity[:32]))
+            each = replace(each, state_dir=str(_folder(each, artifact.identity, times[artifact.identity] > 1)))
         observers = [of(each.names[0]) for of in (metrics.of, also) if of is not None]
         engine = EngineProcess(each, settings, _all(observers))
         metrics.engines.append(engine)
@@ -65,6 +68,15 @@ def open_models(wanted: Sequence[ModelSettings], settings: Settings, metrics: Me
         model.reasoning_parser = reasoning_parser(each.reasoning_parser, source)
         made.append(model)
     return Models(made)
+
+
+def _folder(model: ModelSettings, identity: str, shared: bool) -> Path:
+    """Where a model's sessions are saved: a folder by the artifact's hash, and by its name if it is served under several."""
+    assert model.state_dir is not None
+    folder = Path(model.state_dir).expanduser().absolute() / identity[:32]
+    if not shared:
+        return folder
+    return folder.with_name(f"{folder.name}-{hashlib.sha256(model.names[0].encode()).hexdigest()[:16]}")
 
 
 def _all(observers: Sequence[Observe]) -> Observe:

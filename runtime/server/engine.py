@@ -27,7 +27,7 @@ from inferloom.runtime.server.ticket import Ticket
 BEAT = 0.25
 #: Seconds without a sign of life; those come from a thread of their own, however long a step takes.
 MAX_SILENCE = 30.0
-#: Deaths in a row, without an answer between them, after which it is not started again.
+#: Deaths in a row, without a token or an embedding between them, after which it is not started again.
 MAX_DEATHS = 5
 #: Seconds until an engine has answered for its sessions, and how many may be waiting for that.
 PATIENCE = 20.0
@@ -49,6 +49,7 @@ class EngineProcess:
         self.beat: wire.Beat | None = None
         self.beaten = 0.0  # when it came
         self.deaths = 0
+        self._useful = False  # whether this process has answered anything: a token, or an embedding
         self._state = "loading"
         self._tickets: dict[int, Ticket] = {}
         self._asked: dict[int, asyncio.Future[wire.Told]] = {}
@@ -93,9 +94,9 @@ class EngineProcess:
             self._fail_all(reason)
             if self._state == "stopped":
                 return
-            deaths = 1 if self.beat is not None and self.beat.tokens_generated else deaths + 1
+            deaths = 1 if self._useful else deaths + 1
             self.deaths += 1
-            self.beat, self.ready = None, None
+            self.beat, self.ready, self._useful = None, None, False
             self._state = "failed" if deaths >= MAX_DEATHS else "dead"
             _log.error("engine died", model=self.model.names[0], reason=reason, in_a_row=deaths, state=self._state)
             if self._state == "failed":
@@ -140,6 +141,7 @@ class EngineProcess:
                 return "the engine process ended"
             self._heard = time.monotonic()
             if isinstance(message, wire.Updates):
+                self._useful = self._useful or any(map(_answers, message.items))
                 for update in message.items:
                     self._deliver(update)
             elif isinstance(message, wire.Beat):
@@ -282,3 +284,8 @@ class EngineProcess:
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(unavailable(f"the engine ended: {reason}"))
+
+
+def _answers(update: wire.Update) -> bool:
+    """Whether the engine has made anything of the request."""
+    return update.embedding is not None or any(sample.tokens for sample in update.samples)

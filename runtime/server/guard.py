@@ -26,6 +26,8 @@ from inferloom.runtime.server.settings import Settings
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", *PATHS})
 #: What an open page asks all the time: its requests are logged at level debug.
 _POLLED = frozenset({"/v1/engine", "/v1/sessions"})
+#: What the salt of a key's owner starts with, before the key's SHA-256; no other does.
+KEYED = b"key"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _log = structlog.get_logger()
@@ -97,7 +99,7 @@ class Guard:
         found = b""
         for key in self._keys:  # all of them, whichever matches
             if hmac.compare_digest(key, digest):
-                found = key
+                found = KEYED + key
         if not found:
             raise HttpError(401, "a valid API key is needed: Authorization: Bearer KEY", "authentication_error",
                             code="invalid_api_key")

@@ -19,7 +19,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from blake3 import blake3
 
 from inferloom.runtime.blocks import Key
 from inferloom.runtime.errors import ArtifactError, RequestError
+from inferloom.runtime.owners import owner_of, who_gives
 from inferloom.runtime.tiers.store import Pages
 
 VERSION = 1
@@ -74,9 +75,13 @@ class DiskStore:
         until = time.monotonic() + patience
         while not _locked(self._lock):
             if time.monotonic() >= until:
+                user = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
                 os.close(self._lock)
-                raise ArtifactError(f"{self.path} is in use by another process: give each process a folder of its own")
+                raise ArtifactError(f"{self.path} is in use by another process{f' ({user})' if user else ''}: sessions are "
+                                    "saved by one server at a time; end that one, or give this one a folder of its own")
             time.sleep(0.05)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:
             self._db = self._open(identity)
         except BaseException:
@@ -115,7 +120,7 @@ class DiskStore:
         needs: dict[str, list[Key]] = {}
         for name, group, key in self._db.execute("SELECT name, grp, key FROM needs ORDER BY rowid"):
             needs.setdefault(name, []).append((group, key))
-        for name, root, tokens, expires in self._db.execute("SELECT name, root, tokens, expires FROM sessions"):
+        for name, root, tokens, expires in self._db.execute("SELECT name, root, tokens, expires FROM sessions ORDER BY rowid"):
             yield SavedSession(name, root, tuple(np.frombuffer(tokens, "<i4").tolist()), tuple(needs.get(name, ())), expires)
 
     def _remove_leftovers(self) -> None:
@@ -163,7 +168,8 @@ class DiskStore:
         """Commit pages, and the session that needs them, together or not at all; False when, once they are written, they
         are not `wanted` any more.
 
-        RequestError, which names what failed, when they find no room; saved sessions are untouched then.
+        For a session's sake, saved sessions of an owner who has more than its own would have are forgotten, the longest
+        saved first. RequestError, which names what failed, when there is no room even so; none is forgotten then.
         """
         with self._saving:
             return self._save(entries, session, wanted)
@@ -176,7 +182,7 @@ class DiskStore:
                     if h not in self._users}
             if any(len(page) != self.page_bytes for page in data.values()):
                 raise RequestError(f"a page of state has {self.page_bytes} bytes")
-            self._make_room(len(data) * self.page_bytes, keep={*entries, *(session.needs if session else ())})
+            self._make_room(len(data) * self.page_bytes, {*entries, *(session.needs if session else ())}, session)
         written: list[Path] = []
         try:
             self._write(data, written)
@@ -199,6 +205,7 @@ class DiskStore:
                     for h in names:
                         self._users[h] = self._users.get(h, 0) + 1
                 if session is not None:
+                    self._sessions.pop(session.name, None)  # the last saved is the last one
                     self._sessions[session.name] = session
         except (OSError, sqlite3.Error) as error:
             _remove(written)
@@ -255,9 +262,27 @@ class DiskStore:
             self.forget_session(name)
         return gone
 
-    def _make_room(self, more: int, keep: set[Key]) -> None:
-        held = keep.union(*(s.needs for s in self._sessions.values()))
-        going, used, users = [], self.used, dict(self._users)
+    def _make_room(self, more: int, keep: set[Key], session: SavedSession | None) -> None:
+        staying, over = dict(self._sessions), list[str]()
+        while True:
+            going, used = self._to_go(more, keep.union(*(s.needs for s in staying.values())))
+            missing = used + more - self.capacity
+            if missing <= 0:
+                break
+            givers = [] if session is None else self._givers(owner_of(session.name), more, missing, staying)
+            if not givers:
+                raise RequestError(f"{more:,} bytes of state do not fit into {self.path}: {used:,} of {self.capacity:,} are "
+                                   "held by saved sessions")
+            over += givers
+            for name in givers:
+                del staying[name]
+        for name in over:
+            self.forget_session(name)
+        self._forget(going)
+
+    def _to_go(self, more: int, held: set[Key]) -> tuple[list[Key], int]:
+        """What to forget so that so many bytes more fit: what is not held, longest unused first. And the bytes left then."""
+        going, used, users = list[Key](), self.used, dict(self._users)
         for key in self._by_key:
             if used + more <= self.capacity:
                 break
@@ -267,10 +292,28 @@ class DiskStore:
             for h in self._by_key[key]:
                 users[h] -= 1
                 used -= 0 if users[h] else self.page_bytes
-        if used + more > self.capacity:
-            raise RequestError(f"{more:,} bytes of state do not fit into {self.path}: {used:,} of {self.capacity:,} are held "
-                               "by saved sessions")
-        self._forget(going)
+        return going, used
+
+    def _givers(self, taker: str, more: int, missing: int, sessions: Mapping[str, SavedSession]) -> list[str]:
+        """Sessions of who has to give, about as many as are missing bytes; none if it is the taker who has most."""
+        uses = dict[str, Counter[Key]]()
+        for name, each in sessions.items():
+            uses.setdefault(owner_of(name), Counter()).update(set(each.needs))
+        held = {owner: sum(map(self._size, keys)) for owner, keys in uses.items()}
+        giver = who_gives(held, taker, more)
+        if giver is None:
+            return []
+        names, given = list[str](), 0
+        for name, each in sessions.items():
+            if owner_of(name) == giver and given < missing and held[giver] - given > held.get(taker, 0) + more:
+                names.append(name)
+                for key in set(each.needs):
+                    uses[giver][key] -= 1
+                    given += 0 if uses[giver][key] else self._size(key)
+        return names
+
+    def _size(self, key: Key) -> int:
+        return len(self._by_key.get(key, ())) * self.page_bytes
 
     def _forget(self, keys: list[Key]) -> None:
         with self._index:

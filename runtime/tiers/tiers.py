@@ -17,7 +17,8 @@ class Tiers:
     """What leaves the pool goes to memory, and what leaves memory is dropped, unless it is on disk.
 
     Only sessions that are saved are written to disk: writing all that is ever evicted would wear it out for prefixes
-    that nobody asks for again. `page_bytes`: bytes of a block. With a `writer`, saving is its business.
+    that nobody asks for again. `page_bytes`: bytes of a block. With a `writer`, saving is its business, and what waits there
+    to be written counts as in memory.
     """
 
     def __init__(self, page_bytes: int = 0, ram: RamStore | None = None, disk: DiskStore | None = None,
@@ -32,7 +33,8 @@ class Tiers:
 
     @property
     def empty(self) -> bool:
-        return not (self.ram is not None and len(self.ram)) and not (self.disk is not None and len(self.disk))
+        return not ((self.ram is not None and len(self.ram)) or (self.writer is not None and not self.writer.empty)
+                    or (self.disk is not None and len(self.disk)))
 
     def worth(self, keys: Sequence[Key], tokens: int) -> bool:
         """Whether reading these keys takes less time than computing so many tokens."""
@@ -42,10 +44,15 @@ class Tiers:
         return seconds < tokens / self.costs.compute.guess
 
     def __contains__(self, key: Key) -> bool:
-        return (self.ram is not None and key in self.ram) or (self.disk is not None and key in self.disk)
+        return self._in_memory(key) or (self.disk is not None and key in self.disk)
+
+    def _in_memory(self, key: Key) -> bool:
+        return (self.ram is not None and key in self.ram) or (self.writer is not None and key in self.writer)
 
     def fetch(self, key: Key) -> Pages | None:
         pages = self.ram.fetch(key) if self.ram is not None else None
+        if pages is None and self.writer is not None:  # before the disk: what is written leaves the writer after it is there
+            pages = self.writer.fetch(key)
         if pages is not None:
             self.fetched_ram += 1
             return pages
@@ -71,7 +78,7 @@ class Tiers:
         """How many of the keys each tier has; a key that both have counts as in memory."""
         counts = {"ram": 0, "disk": 0}
         for key in keys:
-            if self.ram is not None and key in self.ram:
+            if self._in_memory(key):
                 counts["ram"] += 1
             elif self.disk is not None and key in self.disk:
                 counts["disk"] += 1

@@ -1,7 +1,8 @@
 """Saves sessions on a thread of its own, so that no step waits for a disk.
 
-Pages are copies: what the pool does meanwhile does not matter. What waits is bounded, a session that is closed is not saved
-any more, and one that is saved again before its turn is saved once, as it was last.
+Pages are copies: what the pool does meanwhile does not matter. Until they are on disk they can be fetched from here. What
+waits is bounded, a session that is closed is not saved any more, and one that is saved again before its turn is saved once, as
+it was last.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class DiskWriter:
         self._disk, self._most = disk, most
         self._waiting: OrderedDict[str, tuple[Mapping[Key, Pages], SavedSession]] = OrderedDict()
         self._now: SavedSession | None = None  # what is being written
+        self._pages: dict[Key, tuple[Pages, int]] = {}  # all that waits or is being written, and how many want it written
         self._bytes, self._busy, self._closed = 0, False, False
         self.failed = 0
         self._changed = threading.Condition()
@@ -41,8 +43,24 @@ class DiskWriter:
                 return False
             self._waiting[session.name] = pages, session
             self._bytes += count
+            for key, each in pages.items():
+                first, wanted = self._pages.get(key, (each, 0))
+                self._pages[key] = first, wanted + 1
             self._changed.notify_all()
             return True
+
+    def __contains__(self, key: Key) -> bool:
+        with self._changed:
+            return key in self._pages
+
+    def fetch(self, key: Key) -> Pages | None:
+        """The pages under `key` if they are not written yet. Whoever gets None finds on disk what has been."""
+        with self._changed:
+            return self._pages.get(key, (None, 0))[0]
+
+    @property
+    def empty(self) -> bool:
+        return not self._pages
 
     def cancel(self, name: str) -> None:
         """The session is over: it is not saved any more."""
@@ -65,7 +83,14 @@ class DiskWriter:
 
     def _drop(self, name: str) -> None:
         pages, _ = self._waiting.pop(name, ({}, None))
+        self._let_go(pages)
+
+    def _let_go(self, pages: Mapping[Key, Pages]) -> None:
         self._bytes -= sum(map(size, pages.values()))
+        for key in pages:
+            first, wanted = self._pages.pop(key)
+            if wanted > 1:
+                self._pages[key] = first, wanted - 1
 
     def _run(self) -> None:
         while True:
@@ -82,5 +107,5 @@ class DiskWriter:
             finally:
                 with self._changed:
                     self._now, self._busy = None, False
-                    self._bytes -= sum(map(size, pages.values()))
+                    self._let_go(pages)
                     self._changed.notify_all()

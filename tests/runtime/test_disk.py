@@ -77,7 +77,7 @@ def test_equal_pages_are_stored_once(tmp_path: Path) -> None:
 
 def test_what_others_left_is_refused(tmp_path: Path) -> None:
     store = open_(tmp_path)
-    with pytest.raises(ArtifactError, match="in use by another process"):
+    with pytest.raises(ArtifactError, match=f"in use by another process .{os.getpid()}.: .* folder of its own"):
         open_(tmp_path)
     store.close()
     with pytest.raises(ArtifactError, match="identity model .wanted other"):
@@ -267,3 +267,34 @@ def test_what_is_leased_in_memory_stays() -> None:
     ram.leased += 1
     with pytest.raises(ValueError, match="leased blocks"):
         ram.check_integrity()
+
+
+def test_on_disk_who_has_most_gives_first(tmp_path: Path) -> None:
+    """One owner's many sessions, however many names it takes for them, leave others their share."""
+    store = open_(tmp_path, 8 * PAGE)
+
+    def save(name: str, start: int, count: int) -> None:
+        entries = dict(entry(i) for i in range(start, start + count))
+        store.save(entries, session(name, list(entries)))
+
+    for i in range(4):
+        save(f"greedy:{i}", 10 * i, 2)
+    with pytest.raises(RequestError, match="held by saved sessions"):
+        save("greedy:5", 50, 1)
+    assert len(store.sessions) == 4
+    save("meek:1", 60, 1)
+    assert set(store.sessions) == {"greedy:1", "greedy:2", "greedy:3", "meek:1"}
+    save("greedy:1", 10, 2)  # saved again: no longer the first to go
+    save("meek:2", 70, 3)
+    assert set(store.sessions) == {"greedy:1", "greedy:3", "meek:1", "meek:2"}
+    with pytest.raises(RequestError, match="held by saved sessions"):
+        save("meek:3", 80, 1)
+    with pytest.raises(RequestError, match="do not fit"):
+        save("new:1", 90, 9)
+    assert len(store.sessions) == 4, "none is forgotten for what cannot be"
+    with pytest.raises(RequestError, match="held by saved sessions"):
+        store.save(dict([entry(100)]))
+    store.close()
+    store = open_(tmp_path, 8 * PAGE)
+    assert list(store.sessions) == ["greedy:3", "meek:1", "greedy:1", "meek:2"], "the order outlives the process"
+    store.close()

@@ -79,6 +79,55 @@ def test_no_step_waits_for_it(slow: tuple[threading.Event, threading.Event], tmp
     tiers.close()
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_waits_can_be_read(slow: tuple[threading.Event, threading.Event], tmp_path: Path, again: bool) -> None:
+    """The disk does nothing, and the pool has forgotten it: it is computed nowhere again."""
+    begun, go = slow
+    device = FakeDevice(BLOCKS, SIZE)
+    disk = DiskStore(tmp_path, "toy", device.block_bytes, 1 << 20)
+    tiers = Tiers(device.block_bytes, None, disk, writer=DiskWriter(disk))
+    tiers.costs.compute.guess = 1e-3  # so that bringing anything back is worth it
+    engine = make_engine(BLOCKS, SIZE, device=device, tiers=tiers)
+    assert engine.sessions is not None and tiers.writer is not None and tiers.empty
+    said = say(engine, list(range(20)), session="agent")
+    assert engine.sessions.pause("agent", 60.0, place="disk").status == "deferred"
+    assert begun.wait(30)
+    crowd(engine)
+    info = engine.sessions.info("agent")
+    assert (info.pooled, info.in_ram, info.on_disk, info.saved) == (0, 6, 0, False) and not tiers.empty
+    if again:  # from where it waits, back to where it waits
+        assert engine.sessions.pause("agent", 60.0, place="disk").blocks == 6
+    before = device.computed
+    assert say(engine, [*said, 1], session="agent") == say(make_engine(), [*said, 1])
+    assert device.computed - before == 27 - 24 + 5 and tiers.fetched_disk == 0
+    assert tiers.fetched_ram == (12 if again else 6)
+    go.set()
+    tiers.writer.flush()
+    assert tiers.writer.empty and not tiers.writer._bytes and disk.sessions["agent"].needs and len(disk) == 6
+    assert not any(key in tiers.writer for key in disk.sessions["agent"].needs)
+    crowd(engine)
+    before = device.computed
+    assert say(engine, [*said, 2]) == say(make_engine(), [*said, 2])
+    assert device.computed - before == 27 - 24 + 5 and tiers.fetched_disk == 6
+    engine.check_integrity()
+    tiers.close()
+
+
+def test_reading_while_it_is_written(open_writer: Callable[..., Any]) -> None:
+    """Between the writer and the disk nothing is ever nowhere."""
+    store, writer = open_writer()
+    tiers = Tiers(PAGE, None, store, writer=writer)
+    for i in range(20):
+        key, pages = entry(i)
+        assert writer.put({key: pages}, session(f"s{i % 3}", [key]))
+        seen = 0
+        while key in writer or not seen:
+            assert key in tiers and tiers.fetch(key) == pages
+            seen += 1
+        assert tiers.fetch(key) == pages
+    assert tiers.fetched_ram and tiers.fetched_disk
+
+
 def test_what_waits_is_written_before_the_end(open_writer: Callable[..., Any], tmp_path: Path) -> None:
     store, writer = open_writer()
     for i in range(8):

@@ -89,11 +89,30 @@ def test_random_use(seed: int) -> None:
         elif action == 1 and held:
             pool.release(held.pop(r.randrange(len(held))))
         elif action == 2:
-            leases.take(str(r.randrange(4)), [(0, bytes([r.randrange(20)])) for _ in range(3)], r.random() * 8, now)
+            name = f"{r.choice('ab')}:{r.randrange(4)}"
+            leases.take(name, [(0, bytes([r.randrange(20)])) for _ in range(3)], r.random() * 8, now)
         elif action == 3:
             leases.expire(now)
         elif (found := pool.lookup((0, bytes([r.randrange(20)])))) is not None:
             pool.retain(found[0])
             held.append(found[0])
         pool.check_integrity(held)
+        leases.check_integrity()
+
+
+def test_who_has_most_gives_first() -> None:
+    pool = BlockPool(20)
+    leases = Leases(pool, most=6)
+    keys = [cached(pool, bytes([i])) for i in range(16)]
+    assert leases.take("a:1", keys[:3], 9.0, now=0.0).status == leases.take("a:2", keys[3:6], 9.0, now=0.0).status == "accepted"
+    assert leases.take("a:3", keys[6:9], 9.0, now=0.0).status == "rejected", "an owner who has most gets no more"
+    assert leases.take("b:1", keys[9:11], 9.0, now=0.0).status == "accepted"
+    assert [pool.is_leased(k) for k in keys[:6]] == [True, False, False, True, True, True], "from the end of the oldest"
+    outcome = leases.take("b:2", keys[11:14], 9.0, now=0.0)
+    assert (outcome.status, outcome.blocks) == ("clipped", 1) and leases.blocks == 6
+    assert leases.remaining("a:1", 0.0) == 0 and leases.remaining("a:2", 0.0) == 9.0
+    assert leases.take("c:1", keys[14:], 9.0, now=0.0).blocks == 2
+    leases.check_integrity()
+    leases._of["a"] += 1
+    with pytest.raises(ValueError, match="owners"):
         leases.check_integrity()

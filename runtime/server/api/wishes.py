@@ -14,6 +14,7 @@ from typing import Any
 
 from inferloom.runtime.leases import Outcome
 from inferloom.runtime.server.errors import bad_request
+from inferloom.runtime.server.guard import KEYED
 from inferloom.runtime.server.model import Model
 from inferloom.runtime.server.wire import Session
 
@@ -48,8 +49,16 @@ class Wish:
 
 
 def owner(salt: bytes) -> str:
-    """What the names of a caller's sessions start with in the engine, so that nobody can name another's."""
-    return hashlib.blake2b(salt, digest_size=16, person=b"sessions").hexdigest() + ":"
+    """What the names of a caller's sessions start with in the engine, so that nobody can name another's.
+
+    The part up to the first colon is whose they are when room is divided: all salts of an API key are one owner's.
+    """
+    whose = salt[:len(KEYED) + 32] if salt.startswith(KEYED) else salt
+    return f"{_digest(whose, 8)}:{_digest(salt, 16)}:"
+
+
+def _digest(salt: bytes, size: int) -> str:
+    return hashlib.blake2b(salt, digest_size=size, person=b"sessions").hexdigest()
 
 
 def openai_hint(key: str | None, retention: str | None) -> Hint:

@@ -15,9 +15,12 @@ import openai
 import pytest
 
 from inferloom.runtime.llm import LLM
+from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.server import engine as processes
 from inferloom.runtime.server.api import embeddings
 from inferloom.runtime.server.endpoint import Call
 from inferloom.runtime.server.errors import HttpError
+from inferloom.runtime.server.settings import ModelSettings, Settings
 from tests.runtime.server.conftest import Server
 
 TEXTS = ["def f(x):\n    return x", "a", "import os"]
@@ -133,3 +136,29 @@ def test_a_client_that_leaves_ends_its_inputs(both: Server) -> None:
         httpx.post(both.url + "/v1/embeddings", json={"model": "embedder", "input": prompts}, timeout=0.05)
     made = httpx.post(both.url + "/v1/embeddings", json={"model": "embedder", "input": "a"}, timeout=30)
     assert made.status_code == 200
+
+
+def test_an_engine_that_embeds_between_its_deaths_is_not_given_up(tiny_embed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MAX_DEATHS", 2)
+
+    async def main() -> None:
+        engine = processes.EngineProcess(ModelSettings(str(tiny_embed), ("embedder",), threads=1), Settings())
+        await engine.start()
+
+        async def kill(then: str) -> None:
+            assert engine._process is not None
+            engine._process.kill()
+            async with asyncio.timeout(30):
+                while engine.deaths <= before or engine.state != then:
+                    await asyncio.sleep(0.01)
+
+        before = 0
+        for before in range(3):
+            async for update in engine.stream([1, 2, 3], SamplingParams(), pooling="last"):
+                assert update.embedding is not None
+            await kill("ready")
+        before = 3  # and now nothing is asked
+        await kill("failed")
+        await engine.stop()
+
+    asyncio.run(main())

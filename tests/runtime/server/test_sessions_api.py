@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +16,15 @@ import httpx
 import openai
 import pytest
 
+from inferloom.runtime.owners import owner_of
 from inferloom.runtime.server import engine as processes
 from inferloom.runtime.server import wire
+from inferloom.runtime.server.api.fields import salted
+from inferloom.runtime.server.api.wishes import MAX_ID, owner
 from inferloom.runtime.server.errors import HttpError
+from inferloom.runtime.server.guard import KEYED
 from inferloom.runtime.server.settings import ModelSettings, Settings
+from inferloom.runtime.sessions import MAX_NAME
 from tests.runtime.server.conftest import Server
 from tests.runtime.server.test_lifecycle import metric, until
 
@@ -344,3 +351,30 @@ def test_an_engine_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
     assert [e.status for e in errors] == [503, 503, 429, 500, 503] and all(e.retry_after for e in errors if e.status != 500)
     assert "may still be done" in errors[0].message and "it broke" in errors[3].message and "killed" in errors[4].message
     assert not engine._asked and len(said) == 4
+
+
+def test_one_artifact_under_two_names_saves_apart(chat_artifact: Path, tmp_path: Path) -> None:
+    wanted = (str(chat_artifact), str(chat_artifact), "--served-model-name", "one", "--served-model-name", "two", "--threads",
+              "1", "--state-dir", str(tmp_path))
+    server = Server(*wanted)
+    ask = {"prompt": "def read_lines(path):\n" * 8, "max_tokens": 2, "session_id": "a"}
+    httpx.post(server.url + "/v1/completions", json=ask | {"model": "two"}, timeout=60).raise_for_status()
+    paused = httpx.post(server.url + "/v1/sessions/a/pause", json={"model": "two", "place": "disk"}).json()
+    assert paused["status"] == "deferred" and paused["blocks"]
+    assert server.close() == 0 and len(list(tmp_path.iterdir())) == 2
+    server = Server(*wanted)
+    assert [s["model"] for s in httpx.get(server.url + "/v1/sessions").json()["data"]] == ["two"]
+    second = subprocess.run([sys.executable, "-m", "inferloom.cli", "serve", *wanted, "--port", "0"], capture_output=True,
+                            text=True, timeout=60)
+    assert second.returncode == 1 and "is in use by another process" in " ".join(second.stderr.split()), second.stderr
+    assert server.close() == 0
+
+
+def test_all_salts_of_a_key_are_one_owners() -> None:
+    """Or whoever makes up salts would count as many, and take as many shares of what there is."""
+    salts = [salted(KEYED + bytes([key]) * 32, more) for key in (0, 1) for more in (None, "a", "b")]
+    names = [owner(salt) + "x" for salt in salts]
+    assert len(set(names)) == 6 and len({owner_of(name) for name in names[:3]}) == 1
+    assert owner_of(names[0]) != owner_of(names[3]) and len(owner(salts[0])) + MAX_ID <= MAX_NAME
+    free = [owner_of(owner(salted(b"", more))) for more in (None, "a", "b")]
+    assert len(set(free)) == 3, "without keys, salts are all that tells callers apart"
