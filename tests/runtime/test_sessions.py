@@ -260,3 +260,21 @@ def test_what_one_place_cannot_take_waits_in_another(tmp_path: Path) -> None:
     assert engine.sessions.pause("agent", 1e4, place="memory").place == "keep"
     with pytest.raises(RequestError, match="place 'attic'"):
         say(engine, [1], session="a", hold=1.0, place="attic")
+
+
+@pytest.mark.parametrize("place", ["keep", "ram", "disk"])
+def test_what_is_shared_is_shared_out(place: str, tmp_path: Path) -> None:
+    """An owner's many sessions fill a place, and leave room there for another's one."""
+    page = FakeDevice(BLOCKS, SIZE).block_bytes
+    engine = start(ram=12 * page, folder=tmp_path, clock=Clock())
+    assert engine.sessions is not None and engine.tiers.disk is not None
+    engine.leases.most, engine.tiers.disk.capacity = 12, 12 * page
+    for i, (name, status) in enumerate({"a:1": "accepted", "a:2": "accepted", "a:3": "rejected", "b:1": "accepted",
+                                        "b:2": "rejected"}.items()):
+        say(engine, [7 * i + j for j in range(21)], session=name)  # equal pages would be on disk once
+        assert engine.sessions.pause(name, 60.0, place=place).status == status, name
+        engine.check_integrity()
+    info = engine.sessions.info("b:1")
+    assert info.saved if place == "disk" else info.leased == 60.0
+    lost = engine.sessions.info("a:1")
+    assert not lost.saved and lost.leased == 0
