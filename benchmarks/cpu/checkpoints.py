@@ -12,8 +12,6 @@ from typing import Any
 
 #: Merges are trained up to this size; the rest of a vocabulary are fillers, which no text contains.
 TRAINED = 30000
-#: By what queries, keys and the output of attention are larger than transformers' initial values.
-SHARPER = 3.0
 END, BEGIN, PAD = "<|endoftext|>", "<|bos|>", "<|pad|>"
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 8192}
@@ -21,11 +19,16 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_f
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A configuration of transformers by its class and arguments; `title` is what reports call it."""
+    """A configuration of transformers by its class and arguments; `title` is what reports call it.
+
+    Queries, keys and the output of attention are `sharper` times larger than transformers' initial values: as large as
+    can be before rounding to 8 bits, which such random layers amplify, leaves nothing of the logits.
+    """
 
     title: str
     kind: str
     arguments: dict[str, Any]
+    sharper: float = 3.0
 
 
 #: All tie the output matrix to the embedding, so that a step of decoding reads each weight once.
@@ -41,7 +44,7 @@ SHAPES = {
     "llama-3.2-1b": Shape("Llama-3.2-1B", "LlamaConfig", {
         "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
         "intermediate_size": 8192, "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-        "rope_parameters": _LLAMA3}),
+        "rope_parameters": _LLAMA3}, sharper=1.5),
 }
 
 
@@ -68,7 +71,7 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
             elif "norm" in parameter:
                 value.copy_(1 + torch.randn(value.shape, generator=generator) * 0.1)
             elif parameter.endswith(("q_proj.weight", "k_proj.weight", "o_proj.weight")):
-                value.mul_(SHARPER)
+                value.mul_(shape.sharper)
     shutil.rmtree(target, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(target)
     _tokenizer(folder / "merges.json", config.vocab_size).save_pretrained(target)

@@ -49,15 +49,15 @@ def test_a_storm_of_leaving_clients(start: Callable[..., Server]) -> None:
             writer.transport.abort()
 
     async def stays(client: httpx.AsyncClient, at: int) -> bool:
-        await asyncio.sleep(r.random() * 8)
+        await asyncio.sleep(r.random() * 50)
         answer = await client.post(server.url + "/v1/completions", json=bodies[at], timeout=120)
         return bool(answer.json()["choices"][0]["text"] == alone[at])
 
     async def storm() -> list[bool]:
         gate = asyncio.Semaphore(50)
         async with httpx.AsyncClient(limits=httpx.Limits(max_connections=100)) as client:
-            return (await asyncio.gather(asyncio.gather(*(stays(client, i % 8) for i in range(40))),
-                                         *(leaves(gate) for _ in range(1500))))[0]
+            return (await asyncio.gather(asyncio.gather(*(stays(client, i % 8) for i in range(100))),
+                                         *(leaves(gate) for _ in range(10_000))))[0]
 
     assert all(asyncio.run(storm()))
     until(lambda: metric(server, "num_requests_running") + metric(server, "num_requests_waiting") == 0)
@@ -126,8 +126,8 @@ def test_ten_times_more_than_fits(start: Callable[..., Server]) -> None:
 
     async def both() -> tuple[float, float, Counter[int]]:
         await load(8, 2)
-        capacity, _ = await load(8, 8)
-        goodput, seen = await load(80, 20)
+        capacity, _ = await load(8, 20)
+        goodput, seen = await load(80, 120)
         return capacity, goodput, seen
 
     before = resident(server.process.pid), resident(server.engines()[0])
