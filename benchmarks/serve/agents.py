@@ -3,7 +3,8 @@
     python -m inferloom.benchmarks.serve.agents build/demo --memory 64MiB --ram 24MiB --out build/agents.json
 
 Without: all of `--memory` is the engine's. With: `--ram` of it is the tier beside the pool, state may go to a folder on
-disk, and every agent's session is held while it waits for its tools.
+disk, and every agent's session is held while it waits for its tools. `--against URL` asks the same of another server, which
+runs already; what it computed again is known if its usage counts cached tokens.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="nothing is asked after so long")
     parser.add_argument("--hold", type=float, default=600.0, help="seconds that a session is held for")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--against", metavar="URL", help="a peer's server, asked the same when ours has gone")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     memory, ram = parse_bytes(given.memory), parse_bytes(given.ram)
@@ -87,9 +89,11 @@ def main() -> None:
             given.artifact, "--memory", str(memory - ram), "--ram-bytes", str(ram), "--state-dir", state, "--disk-bytes",
             str(parse_bytes(given.disk))) as url:
         made["with"] = asyncio.run(ask(url, conversations, given.seconds, given.hold))
+    if given.against:
+        made["against"] = asyncio.run(ask(given.against, conversations, given.seconds, None))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(made, indent=1) + "\n")
-    for name in ("without", "with"):
+    for name in [name for name in ("without", "with", "against") if name in made]:
         r = made[name]
         print(f"{name:8}{r['answers']:6} answers, {sum(r['errors'].values())} errors, {r['recomputed_tokens']:8} tokens computed "
               f"again, first token {r['first_token']['p50']:.3f} s (p50) {r['first_token']['p99']:.3f} s (p99)")
