@@ -75,8 +75,8 @@ def main() -> None:
                 if round:
                     made[name].append(rate)
     median = {name: statistics.median(rates) for name, rates in made.items()}
-    print(f"{given.streams} streams, {given.prompt} tokens in, {given.tokens} out: in process {median['in_process']:.0f} tokens/s, "
-          f"server {median['server']:.0f}, {median['server'] / median['in_process']:.2f} of it")
+    print(f"{given.streams} streams, {given.prompt} tokens in, {given.tokens} out: in process {median['in_process']:.0f} "
+          f"tokens/s, server {median['server']:.0f}, {median['server'] / median['in_process']:.2f} of it")
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps({"machine": describe(), "streams": given.streams, "prompt": given.prompt,
