@@ -19,6 +19,7 @@ from inferloom.compiler.attention import FACTS
 from inferloom.compiler.frontends import huggingface
 from inferloom.compiler.frontends.huggingface import TracedModel
 from inferloom.compiler.frontends.paths import is_gguf, is_onnx
+from inferloom.compiler.frontends.pooling import check_pooling
 from inferloom.compiler.kernels import Selection, select_kernels
 from inferloom.compiler.passes.pack_weights import Packing
 from inferloom.compiler.pipeline import Dump, Options, lower
@@ -58,7 +59,7 @@ class BuildOptions:
 
     `batch_invariant`: a sequence's bits do not depend on its batch (always so on CPUs; slower on GPUs). `kv_dtype`: what
     keys and values are kept in, if not in `dtype`. `given`: options as the user wrote them, for the manifest. `task`: what a
-    step gives, see compiler/task.py.
+    step gives, see compiler/task.py; `pooling` and `normalize` of an artifact that embeds, None for what the checkpoint says.
     """
 
     dtype: str = "bf16"
@@ -72,6 +73,8 @@ class BuildOptions:
     kv_dtype: str | None = None
     given: Mapping[str, str] = field(default_factory=dict)
     task: Task = "generate"
+    pooling: str | None = None
+    normalize: bool | None = None
 
     @property
     def max_rows(self) -> int:
@@ -99,6 +102,10 @@ class BuildOptions:
                 raise UnsupportedError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise UnsupportedError(f"max_model_len={self.max_model_len} must be at least 1")
+        if self.task == "generate" and (self.pooling is not None or self.normalize is not None):
+            raise UnsupportedError("pooling and normalize are of embeddings: they go with --task embed")
+        if self.pooling is not None:
+            check_pooling(None, self.pooling, self.normalize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,7 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
                   block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
                   quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
                   quant_activations: str | None = None, kv_dtype: str | None = None, task: str = "generate",
-                  progress: Progress | None = None) -> Path:
+                  pooling: str | None = None, normalize: bool | None = None, progress: Progress | None = None) -> Path:
     """Compile a checkpoint directory, an ONNX file (or a `TracedModel`) for a chip into the artifact directory `out`.
 
     `passes` are files or names as compiler/plugins.py knows them; `quant` and its like are those of
@@ -131,19 +138,21 @@ def compile_model(model_or_path: Any, out: str | Path, *, chip: str = "cpu", dty
         ("quant", quant), ("quant_head", quant_head), ("quant_embedding", quant_embedding),
         ("quant_activations", quant_activations), ("kv_dtype", kv_dtype)) if value is not None}
     options = BuildOptions(dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant, plugins.load(passes),
-                           recipe(quant, quant_head, quant_embedding, quant_activations), kv_dtype, given, check_task(task))
+                           recipe(quant, quant_head, quant_embedding, quant_activations), kv_dtype, given, check_task(task),
+                           pooling, normalize)
     target = target_for(find(chip), batch_invariant)
     options.check(target)
     say("tracing the model")
     model = (_for_task(model_or_path, options.task) if isinstance(model_or_path, TracedModel)
              else load(model_or_path, max_model_len, options.task))
+    embedding = m.Embedding(*check_pooling(model.embedding, pooling, normalize)) if task == "embed" else m.Embedding()
     for note in model.notes:
         say(f"note: {note}")
     compiled = compile_graph(model, target, options, say)
     say(f"packing {compiled.plan.weight_bytes / 1e6:.0f} MB of weights")
     final = Path(out)
     with staging(final) as folder:
-        manifest = _write(folder, model, target, options, compiled)
+        manifest = replace(_write(folder, model, target, options, compiled), embedding=embedding)
         say("hashing and sealing")
         seal(folder, manifest)
         publish(folder, final)

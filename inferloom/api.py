@@ -24,7 +24,8 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
             max_model_len: int | None = None, vocab_size: int | None = None, max_tokens: int = 2048,
             max_seqs: int = 64, block_tokens: int = 32, batch_invariant: bool = False, passes: Sequence[str] = (),
             quant: str | None = None, quant_head: str | None = None, quant_embedding: str | None = None,
-            quant_activations: str | None = None, kv_dtype: str | None = None, task: str = "generate", force: bool = False,
+            quant_activations: str | None = None, kv_dtype: str | None = None, task: str = "generate",
+            pooling: str | None = None, normalize: bool | None = None, force: bool = False,
             progress: Progress | None = None) -> Path:
     """Compile a checkpoint folder, a GGUF or ONNX file or a module into an artifact; returns the artifact's folder.
 
@@ -38,13 +39,15 @@ def compile(model_or_path: Any, chip: str = "cpu", dtype: str = "bf16", out: str
     a name of their own or "none". `quant_activations` is `int8` or `none` for all quantised weights, also those that the
     checkpoint stores so. `kv_dtype` keeps keys and values in `bf16`, `int8` or `fp8` (half the memory, and bytes
     to read, of bf16) instead of in `dtype`. With the `task` "embed" the artifact has no LM head, and gives the final hidden
-    states: `LLM.embed`.
+    states: `LLM.embed` makes vectors of them, as `pooling` ("last", "mean") and `normalize` say, or the checkpoint's
+    `modules.json` (its GGUF metadata), or else of length 1 from the last token's.
     Without `out` a checkpoint goes into the cache, keyed by content. An artifact that is already at `out`
     is replaced only if `force`, and only once the new one is complete. `progress` is called with a line of text for
     each stage. Raises `UsageError`, `MissingExtraError`, or `UnsupportedError` for what cannot be compiled.
     """
     options = CompileOptions(chip, dtype, max_model_len, max_tokens, max_seqs, block_tokens, batch_invariant,
-                             tuple(passes), quant, quant_head, quant_embedding, quant_activations, kv_dtype, task)
+                             tuple(passes), quant, quant_head, quant_embedding, quant_activations, kv_dtype, task, pooling,
+                             normalize)
     from_path = isinstance(model_or_path, str | os.PathLike)
     if from_path:
         model_or_path = Path(model_or_path).expanduser()

@@ -47,6 +47,8 @@ class CompileOptions:
     quant_activations: str | None = None
     kv_dtype: str | None = None
     task: str = "generate"
+    pooling: str | None = None
+    normalize: bool | None = None
 
 
 def is_artifact(path: Path) -> bool:
@@ -121,10 +123,12 @@ def _check_compiled(artifact: Path, options: CompileOptions) -> None:
     wanted = {name: value for name in ("quant", "quant_head", "quant_embedding", "quant_activations", "kv_dtype")
               if (value := getattr(options, name)) is not None}
     wanted |= {"task": options.task} if options.task != "generate" else {}
+    wanted |= {name: value for name in ("pooling", "normalize") if (value := getattr(options, name)) is not None}
     if not wanted:
         return
     manifest = json.loads((artifact / "manifest.json").read_text())
     had = {"kv_dtype": manifest["model"]["dtype"], "task": manifest.get("task", "generate"),
+           **({"pooling": "last", "normalize": True} | manifest.get("embedding", {}) if manifest.get("task") == "embed" else {}),
            **manifest.get("numerics", {}).get("options", {})}
     for name, value in wanted.items():
         if value != had.get(name, "none"):
@@ -198,7 +202,8 @@ def _inputs(checkpoint: Path) -> list[Path]:
         file = gguf_file(checkpoint)
         return [file, *(p for name in TOKENIZER_FILES if (p := file.parent / name).is_file())]
     if not _is_onnx(checkpoint):
-        return [p for p in sorted(checkpoint.iterdir()) if p.is_file() and p.suffix not in _SKIPPED]
+        pooling = sorted(checkpoint.glob("*/config.json")) if (checkpoint / "modules.json").is_file() else []
+        return [*(p for p in sorted(checkpoint.iterdir()) if p.is_file() and p.suffix not in _SKIPPED), *pooling]
     from inferloom.compiler.frontends.onnx.file import files_of
     from inferloom.compiler.frontends.paths import onnx_facts, onnx_file
 

@@ -12,14 +12,18 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from inferloom.runtime.errors import RequestError
-from inferloom.runtime.llm import LLM, Prompt
+from inferloom.runtime.llm import LLM, Prompt, as_prompts
 from inferloom.runtime.outputs import RequestOutput
 from inferloom.runtime.params import SamplingParams
+from inferloom.runtime.pooling import shortened
 from inferloom.runtime.sessions import Sessions
 
 T = TypeVar("T")
@@ -63,6 +67,42 @@ class AsyncLLM:
         Leaving the iteration early (or cancelling its task) aborts the request. RequestError when it cannot be
         served.
         """
+        def add(name: str) -> None:
+            self.llm.engine.add_request(name, self._encode(prompt), params or SamplingParams(),
+                                        prompt if isinstance(prompt, str) else None, priority, session=session, hold=hold)
+
+        async with contextlib.aclosing(self._outputs(add, request_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str | None = None, normalize: bool | None = None,
+                    priority: int = 0) -> NDArray[np.float32]:
+        """`LLM.embed`, in the same batches as whatever else runs: f32 [prompts, hidden].
+
+        RequestError when one of the prompts cannot be served, which ends the others, too; so does cancelling the task.
+        """
+        many, how = as_prompts(prompts), self.llm.manifest.embedding
+        pooling, normalize = pooling or how.pooling, how.normalize if normalize is None else normalize
+
+        async def one(number: int) -> NDArray[np.float32]:
+            def add(name: str) -> None:
+                self.llm.engine.add_embedding(name, self._encode(many[number]), pooling, priority)
+
+            async with contextlib.aclosing(self._outputs(add)) as outputs:
+                output = await anext(outputs)
+            if output.embedding is None:
+                raise RequestError(f"prompt {number} failed: {output.error}")
+            return shortened(output.embedding, normalize=normalize)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(i)) for i in range(len(many))]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return np.array([task.result() for task in tasks], np.float32).reshape(len(many), self.llm.manifest.output.vocab)
+
+    async def _outputs(self, add: Callable[[str], None], request_id: str | None = None) -> AsyncGenerator[RequestOutput]:
+        """The outputs of a request that `add` queues, on the engine's thread; leaving the iteration early aborts it."""
         name = request_id if request_id is not None else f"async-{next(self._count)}"
         box = _Mailbox(asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
@@ -71,7 +111,7 @@ class AsyncLLM:
             if name in self._boxes:
                 raise RequestError(f"request id {name!r} is in use")
             self._boxes[name] = box
-            self._work.put(lambda: self._add(name, box, prompt, params or SamplingParams(), priority, session, hold))
+            self._work.put(lambda: self._add(name, box, add))
         finished = False
         try:
             while not finished:
@@ -153,12 +193,12 @@ class AsyncLLM:
             for output in outputs:
                 self._deliver(output)
 
-    def _add(self, name: str, box: _Mailbox, prompt: Prompt, params: SamplingParams, priority: int, session: str | None,
-             hold: float) -> None:
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _add(self, name: str, box: _Mailbox, add: Callable[[str], None]) -> None:
         try:
-            tokens = self.llm.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            self.llm.engine.add_request(name, tokens, params, prompt if isinstance(prompt, str) else None, priority,
-                                        session=session, hold=hold)
+            add(name)
         except Exception as error:  # the request's own: the engine goes on
             box.put(error)
         else:

@@ -126,7 +126,7 @@ class LLM:
         `params` is one for all, or one each. `on_output` sees every intermediate output. RequestError when a
         prompt or its parameters cannot be served; nothing has run then.
         """
-        many = _prompts(prompts)
+        many = as_prompts(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
         if len(each) != len(many):
             raise RequestError(f"{len(many)} prompts came with {len(each)} SamplingParams")
@@ -150,26 +150,28 @@ class LLM:
             raise
         return [done[name] for name in ids]
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str = "last", normalize: bool = True) -> NDArray[np.float32]:
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str | None = None,
+              normalize: bool | None = None) -> NDArray[np.float32]:
         """Embeddings f32 [prompts, hidden] of texts or token ids, one or many, in their order.
 
         `pooling` is "last", the final hidden state of a prompt's last token, or "mean", that of all its tokens; vectors
-        have length 1 if `normalize`. A vector's bits depend on its prompt alone. RequestError for an artifact that was not
-        compiled for it, or when a prompt cannot be served.
+        have length 1 if `normalize`; None is what the artifact says. A vector's bits depend on its prompt alone.
+        RequestError for an artifact that was not compiled for it, or when a prompt cannot be served.
         """
-        vectors: dict[str, NDArray[np.float32]] = {}
+        how, vectors = self.manifest.embedding, dict[str, NDArray[np.float32]]()
+        unit = how.normalize if normalize is None else normalize
         ids: list[str] = []
         try:
-            for prompt in _prompts(prompts):
+            for prompt in as_prompts(prompts):
                 self._count += 1
                 tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-                self.engine.add_embedding(str(self._count), tokens, pooling)
+                self.engine.add_embedding(str(self._count), tokens, how.pooling if pooling is None else pooling)
                 ids.append(str(self._count))
             while len(vectors) < len(ids):
                 for output in self.engine.step():
                     if output.embedding is None:
                         raise RequestError(f"prompt {ids.index(output.request_id)} failed: {output.error}")
-                    vectors[output.request_id] = shortened(output.embedding, normalize=normalize)
+                    vectors[output.request_id] = shortened(output.embedding, normalize=unit)
         except BaseException:
             for name in ids:
                 self.engine.abort(name)
@@ -277,7 +279,8 @@ def _at_most(name: str, wanted: int | None, limit: int) -> int:
     return limit if wanted is None else wanted
 
 
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list of them."""
     if isinstance(prompts, str):
         return [prompts]
     if all(isinstance(p, (int, np.integer)) for p in prompts):

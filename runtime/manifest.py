@@ -245,9 +245,18 @@ class FileInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """How an artifact that embeds makes one vector of a prompt's hidden states, unless a request says otherwise: of the last
+    token or the mean of all; of length 1 if `normalize`."""
+
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The manifest of one artifact. `files` is empty until the artifact is sealed. What its `task` is, a step gives:
-    logits to generate from, or the final hidden states to embed with."""
+    logits to generate from, or the final hidden states to embed with, as `embedding` says."""
 
     schema: int
     abi: int
@@ -265,6 +274,7 @@ class Manifest:
     numerics: dict[str, Any]
     files: dict[str, FileInfo]
     task: Literal["generate", "embed"] = "generate"
+    embedding: Embedding = Embedding()
 
     @staticmethod
     def from_json(data: object) -> Manifest:
@@ -371,6 +381,8 @@ def _problems(m: Manifest) -> Iterator[str]:
         yield f"output: {m.dims.rows} rows of {out.ld} floats at {out.offset} leave memory.workspace"
     if out.top is not None and m.task != "generate":
         yield f"output.top goes with the task generate, not {m.task}"
+    if m.embedding != Embedding() and m.task != "embed":
+        yield f"embedding goes with the task embed, not {m.task}"
     if out.top is not None:
         places = ((out.top.keys, out.top.count * 8), (out.top.stats, 8))
         if not (out.top.count >= 1 and out.top.keys + m.dims.rows * out.top.count * 8 <= out.top.stats):

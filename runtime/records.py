@@ -1,6 +1,6 @@
 """Frozen dataclasses from and to parsed JSON, strictly: a record's schema is its class and nothing else.
 
-A field is `int`, `str`, `Any`, a `Literal` of strings, `X | None`, `tuple[X, ...]` (a JSON list), `dict[str, X]` or
+A field is `int`, `str`, `bool`, `Any`, a `Literal` of strings, `X | None`, `tuple[X, ...]` (a JSON list), `dict[str, X]` or
 another record. A field with a default may be left out, and is left out when it holds its default.
 """
 
@@ -83,5 +83,5 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, path)
     if type(value) is not kind:  # exact, so that true is no integer
-        raise _wrong(path, {int: "an integer", str: "a string"}[kind], value)
+        raise _wrong(path, {int: "an integer", str: "a string", bool: "true or false"}[kind], value)
     return value

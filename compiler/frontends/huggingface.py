@@ -21,6 +21,7 @@ from inferloom.compiler.frontends.aten import Imported, import_program
 from inferloom.compiler.frontends.conversion import named
 from inferloom.compiler.frontends.hf_config import fix_rope, model_length, position_limit, read_config, special_ids
 from inferloom.compiler.frontends.paths import TOKENIZER_FILES
+from inferloom.compiler.frontends.pooling import CheckpointPooling, read_pooling
 from inferloom.compiler.frontends.quantized.formats import config_beside, decode
 from inferloom.compiler.frontends.quantized.weight import QuantizedWeight
 from inferloom.compiler.frontends.skeleton import Stored, build_skeleton
@@ -48,7 +49,8 @@ class TracedModel:
 
     `weights` loads every source of `graph.params`; `max_model_len` is in tokens; `tokenizer_files` maps file
     names to paths or contents; `notes` say what a user should know (fallbacks, choices made while tracing). `quantized` are the
-    weights that are stored quantised; `weights` gives them, too, as the floats that they stand for.
+    weights that are stored quantised; `weights` gives them, too, as the floats that they stand for. `embedding` is what the
+    checkpoint says of how its hidden states become a vector.
     """
 
     graph: Graph
@@ -62,6 +64,7 @@ class TracedModel:
     tokenizer_files: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
     quantized: StoredWeights | None = None
+    embedding: CheckpointPooling | None = None
 
 
 def load(checkpoint_dir: str | Path, max_model_len: int | None = None, task: Task = "generate") -> TracedModel:
@@ -78,7 +81,8 @@ def load(checkpoint_dir: str | Path, max_model_len: int | None = None, task: Tas
         held, notes = decode(quantization, held, folder)
     eos, bos = special_ids(config, folder)
     files = {n: folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
-    return trace_checkpoint(Checkpoint(config, held, folder.resolve().name, str(folder), eos, bos, files, notes),
+    embedding = read_pooling(folder) if task == "embed" else None
+    return trace_checkpoint(Checkpoint(config, held, folder.resolve().name, str(folder), eos, bos, files, notes, embedding),
                             max_model_len, task)
 
 
@@ -97,6 +101,7 @@ class Checkpoint:
     bos_token_id: int | None
     tokenizer_files: Mapping[str, Path | bytes]
     notes: tuple[str, ...] = ()
+    embedding: CheckpointPooling | None = None
 
 
 def trace_checkpoint(checkpoint: Checkpoint, max_model_len: int | None = None, task: Task = "generate") -> TracedModel:
@@ -111,7 +116,7 @@ def trace_checkpoint(checkpoint: Checkpoint, max_model_len: int | None = None, t
     where = resolve(named(model, c.tensors), wanted, tied_names(model), c.where)
     return TracedModel(graph, CheckpointSource(where, traced.imported.buffers), c.name, type(model).__name__,
                        int(config.vocab_size), length, c.eos_token_ids, c.bos_token_id, dict(c.tokenizer_files),
-                       (*c.notes, *notes, *traced.notes), stored_weights(where))
+                       (*c.notes, *notes, *traced.notes), stored_weights(where), c.embedding)
 
 
 def stored_weights(where: Mapping[str, Tensor]) -> StoredWeights | None:

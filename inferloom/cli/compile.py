@@ -38,6 +38,8 @@ def compile_(
     quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     task: options.Task = "generate",
+    pooling: options.Pooling = None,
+    normalize: options.Normalize = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
     report_loss: Annotated[bool, typer.Option(
         "--report-loss", help="Compile the checkpoint in fp32 too, let both predict a text, and say what is lost.")] = False,
@@ -49,7 +51,7 @@ def compile_(
     set_json(json_)
     import inferloom.api
 
-    options.compile_options(chip, dtype, max_model_len, task)
+    options.compile_options(chip, dtype, max_model_len, task=task, pooling=pooling, normalize=normalize)
     if task != "generate" and (report_loss or loss_text):
         raise UsageError("--report-loss needs a model that predicts: leave it or --task out")
     start = time.perf_counter()
@@ -58,8 +60,8 @@ def compile_(
                                      max_tokens=max_tokens, max_seqs=max_seqs, block_tokens=block_tokens,
                                      batch_invariant=batch_invariant, passes=passes or (), quant=quant,
                                      quant_head=quant_head, quant_embedding=quant_embedding,
-                                     quant_activations=quant_activations, kv_dtype=kv_dtype, task=task, force=force,
-                                     progress=report)
+                                     quant_activations=quant_activations, kv_dtype=kv_dtype, task=task, pooling=pooling,
+                                     normalize=normalize, force=force, progress=report)
     seconds = time.perf_counter() - start
     loss = _loss(path, checkpoint, max_model_len, passes, loss_text) if report_loss or loss_text else None
     manifest = json.loads((path / "manifest.json").read_text())

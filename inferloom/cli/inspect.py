@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from inferloom.cache import resolve, size_on_disk
 from inferloom.cli import options
 from inferloom.cli.console import emit, err, human_bytes, out, progress, quantized, set_json, table
 from inferloom.errors import UsageError
-from inferloom.runtime.manifest import DIMS
+from inferloom.runtime.manifest import DIMS, Embedding
 
 ITEMSIZE = {"f32": 4, "fp32": 4, "bf16": 2, "f16": 2, "i8": 1, "u8": 1, "f8": 1}
 
@@ -106,7 +107,9 @@ def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> 
               f"vocabulary {model['vocab_size']}, up to {model['max_model_len']} tokens")
     needs = f"{chip['driver']} device {chip['arch']}" if chip["arch"] else ", ".join(chip["features"]) or "nothing special"
     out.print(f"chip     {chip['name']}: {chip['triple'] or 'source for any ' + chip['driver'] + ' device'}, needs {needs}")
-    out.print(f"step     up to {dims['tokens']} tokens, {dims['seqs']} sequences, {dims['rows']} logit rows")
+    out.print(f"task     {_task(manifest)}")
+    out.print(f"step     up to {dims['tokens']} tokens, {dims['seqs']} sequences, {dims['rows']} rows of "
+              f"{'logits' if manifest.get('task', 'generate') == 'generate' else 'hidden states'}")
     out.print("made by  " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()))
     _show_contract(manifest, contract(manifest, budget))
     calls = Counter(call["kernel"] for call in manifest["plan"])
@@ -120,6 +123,14 @@ def _show_manifest(path: Path, manifest: dict[str, Any], budget: int | None) -> 
     if chip["arch"]:
         _show_resources(manifest["kernels"])
     err.print("[dim]More: --why, --ir list, --ir PHASE --diff, --memory 4GiB, --json[/]")
+
+
+def _task(manifest: dict[str, Any]) -> str:
+    if manifest.get("task", "generate") == "generate":
+        return "generate"
+    how = asdict(Embedding()) | manifest.get("embedding", {})
+    return (f"embed: {'the mean of all final hidden states' if how['pooling'] == 'mean' else 'the last final hidden state'}, "
+            f"{'of length 1' if how['normalize'] else 'as long as it is'}")
 
 
 def _show_resources(kernels: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from inferloom.cache import CompileOptions
 from inferloom.errors import UsageError
+from inferloom.runtime.pooling import POOLINGS
 
 DTYPES = ("fp32", "fp16", "bf16")
 TASKS = ("generate", "embed")
@@ -48,6 +49,12 @@ MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", "--kv-cache-dtype", show_default=False,
                                              help="What keys and values are kept in: bf16, int8, fp8; --dtype if not given.")]
 Task = Annotated[str, typer.Option("--task", help="What for: generate, or embed (final hidden states instead of logits).")]
+Pooling = Annotated[str | None, typer.Option("--pooling", show_default=False, metavar="last|mean",
+                                             help="With --task embed: whose hidden state a vector is; what the checkpoint says, "
+                                                  "or the last token's, if not given.")]
+Normalize = Annotated[bool | None, typer.Option("--normalize/--no-normalize", show_default=False,
+                                                help="With --task embed: make vectors as long as 1; what the checkpoint says, "
+                                                     "or yes, if not given.")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", show_default=False, metavar="FILE|NAME",
                                                  help="A pass of your own: a .py file, or one that an installed package "
                                                       "offers. Its code runs.")]
@@ -67,14 +74,20 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 def compile_options(chip: str, dtype: str, max_model_len: int | None, quant: str | None = None, quant_head: str | None = None,
                     quant_embedding: str | None = None, quant_activations: str | None = None,
-                    kv_dtype: str | None = None, task: str = "generate") -> CompileOptions:
-    """Checked options. Raises `UsageError` for a dtype or task that is not known (chips are checked by the compiler)."""
+                    kv_dtype: str | None = None, task: str = "generate", pooling: str | None = None,
+                    normalize: bool | None = None) -> CompileOptions:
+    """Checked options. Raises `UsageError` for a dtype, task or pooling that is not known (chips are checked by the compiler)."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     if task not in TASKS:
         raise UsageError(f"task {task!r} is not known; choose one of {', '.join(TASKS)}")
+    if task != "embed" and (pooling is not None or normalize is not None):
+        raise UsageError("--pooling and --normalize are of embeddings: they go with --task embed")
+    if pooling not in (None, *POOLINGS):
+        raise UsageError(f"pooling {pooling!r} is not known; choose one of {', '.join(POOLINGS)}")
     return CompileOptions(chip=chip, dtype=dtype, max_model_len=max_model_len, quant=quant, quant_head=quant_head,
-                          quant_embedding=quant_embedding, quant_activations=quant_activations, kv_dtype=kv_dtype, task=task)
+                          quant_embedding=quant_embedding, quant_activations=quant_activations, kv_dtype=kv_dtype, task=task,
+                          pooling=pooling, normalize=normalize)
 
 
 def parse_bytes(text: str) -> int:

@@ -90,6 +90,8 @@ def serve(
     quant_activations: options.QuantActivations = None,
     kv_dtype: options.KvDtype = None,
     task: options.Task = "generate",
+    pooling: options.Pooling = None,
+    normalize: options.Normalize = None,
     threads: options.Threads = None,
     pin: options.Pin = False,
     gpu: options.Gpu = 0,
@@ -120,7 +122,7 @@ def serve(
         log_level=log_level, otel_endpoint=collects)
     compiled_before = "torch" in sys.modules
     compiling = options.compile_options(chip, dtype, max_model_len, quant, quant_head, quant_embedding, quant_activations,
-                                        kv_dtype, task)
+                                        kv_dtype, task, pooling, normalize)
     wanted: list[ModelSettings] = []
     for path, names in zip(models, _names(models, served_model_name or []), strict=True):
         with progress(f"opening {path}") as report:

@@ -22,7 +22,7 @@ _KEYS = {"context_length": "max_position_embeddings", "embedding_length": "hidde
          "attention.key_length": "", "attention.value_length": "", "rope.dimension_count": "", "rope.freq_base": "",
          "rope.scaling.type": "", "rope.scaling.factor": "", "rope.scaling.original_context_length": "",
          "rope.scaling.finetuned": "", "vocab_size": "", "expert_count": "", "expert_used_count": "",
-         "tensor_data_layout": ""}
+         "tensor_data_layout": "", "pooling_type": ""}
 _MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
           "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",

@@ -16,6 +16,7 @@ from inferloom.compiler.frontends.gguf.tokenizer import tokenizer_files
 from inferloom.compiler.frontends.hf_config import make_config
 from inferloom.compiler.frontends.huggingface import Checkpoint, TracedModel, trace_checkpoint
 from inferloom.compiler.frontends.paths import gguf_file
+from inferloom.compiler.frontends.pooling import gguf_pooling
 from inferloom.compiler.frontends.quantized.weight import Integers, quantized_weight
 from inferloom.compiler.frontends.weights import Tensor
 from inferloom.compiler.task import Task
@@ -45,7 +46,8 @@ def load(path: str | Path, max_model_len: int | None = None, task: Task = "gener
     config = make_config(raw, str(file.path))
     ends = raw["eos_token_id"] or []
     return trace_checkpoint(Checkpoint(config, tensors(file, raw), file.path.stem, str(file.path), tuple(ends),
-                                       raw["bos_token_id"], tokenizer, notes), max_model_len, task)
+                                       raw["bos_token_id"], tokenizer, notes,
+                                       gguf_pooling(file.metadata, str(file.path))), max_model_len, task)
 
 
 def tensors(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Tensor]:

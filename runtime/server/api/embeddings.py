@@ -45,8 +45,8 @@ class EmbeddingBody(Body):
                      Discriminator(_kind)]
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    pooling: Literal["last", "mean"] | None = "last"
-    normalize: bool | None = True
+    pooling: Literal["last", "mean"] | None = None
+    normalize: bool | None = None
     add_special_tokens: bool | None = True
     priority: Annotated[int, Field(ge=-2**31, lt=2**31)] | None = 0
 
@@ -69,7 +69,8 @@ class Embeddings:
                               "numbers: ask for fewer at once", "input")
         prompts = [await _tokens(model, i, p, body.add_special_tokens is not False) for i, p in enumerate(many)]
         vectors, cached = await self._all(model, prompts, body, call)
-        data = [{"object": "embedding", "index": i, "embedding": _encoded(v, body)} for i, v in enumerate(vectors)]
+        unit = model.manifest.embedding.normalize if body.normalize is None else body.normalize
+        data = [{"object": "embedding", "index": i, "embedding": _encoded(v, body, unit)} for i, v in enumerate(vectors)]
         count = sum(map(len, prompts))
         return {"object": "list", "model": model.name, "data": data, "usage": {
             "prompt_tokens": count, "total_tokens": count, "prompt_tokens_details": {"cached_tokens": cached}}}
@@ -85,7 +86,7 @@ class Embeddings:
             nonlocal cached
             async with free:
                 updates = model.engine.stream(prompts[i], SamplingParams(), body.priority or 0, call.salt,
-                                              pooling=body.pooling or "last")
+                                              pooling=body.pooling or model.manifest.embedding.pooling)
                 async with contextlib.aclosing(updates):  # type: ignore[type-var]
                     async for update in updates:
                         if update.embedding is not None:
@@ -107,6 +108,6 @@ async def _tokens(model: Model, number: int, given: str | list[int], special: bo
     return tokens
 
 
-def _encoded(vector: NDArray[np.float32], body: EmbeddingBody) -> str | list[float]:
-    made = shortened(vector, body.dimensions, body.normalize is not False)
+def _encoded(vector: NDArray[np.float32], body: EmbeddingBody, normalize: bool) -> str | list[float]:
+    made = shortened(vector, body.dimensions, normalize)
     return base64.b64encode(made.astype("<f4").tobytes()).decode() if body.encoding_format == "base64" else made.tolist()
