@@ -19,9 +19,10 @@ from inferloom.cli.models import models
 from inferloom.cli.serve import serve
 
 app = typer.Typer(
-    name="inferloom", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="inferloom", no_args_is_help=True, pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Rich's tables cut the names of options off
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Shell completion: [bold]inferloom --install-completion[/].",
+    epilog="Shell completion: inferloom --install-completion",
 )
 
 
@@ -37,14 +38,14 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
     """Weave any model onto any chip: compile a checkpoint once, run it anywhere with a thin runtime."""
 
 
-app.command("compile")(compile_)
-app.command("run")(run)
-app.command("chat")(chat)
-app.command("serve")(serve)
-app.command("inspect")(inspect)
-app.command("chips")(chips)
-app.command("models")(models)
-app.command("check-pass")(check_pass)
-app.command("bench")(bench)
-app.command("bench-serve")(bench_serve)
-app.command("doctor")(doctor)
+app.command("compile", short_help="Compile a checkpoint for a chip.")(compile_)
+app.command("run", short_help="Continue a prompt.")(run)
+app.command("chat", short_help="Talk with a model.")(chat)
+app.command("serve", short_help="Serve models over HTTP.")(serve)
+app.command("inspect", short_help="Show what is in an artifact, and why.")(inspect)
+app.command("chips", short_help="List the chips to compile for.")(chips)
+app.command("models", short_help="List the architectures that compile.")(models)
+app.command("check-pass", short_help="Prove a pass of your own.")(check_pass)
+app.command("bench", short_help="Measure a model on this machine.")(bench)
+app.command("bench-serve", short_help="Load a server and measure it.")(bench_serve)
+app.command("doctor", short_help="Check this machine.")(doctor)

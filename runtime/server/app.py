@@ -125,9 +125,11 @@ async def _version(request: Request) -> Response:
 
 
 async def _missing(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code")
-    what = "there is no such path here" if status == 404 else "this path does not take this method"
-    return JSONResponse(HttpError(status, what, "not_found_error").openai(), status, getattr(error, "headers", None))
+    status, headers, path = getattr(error, "status_code"), getattr(error, "headers", None), request.url.path
+    asked = f"{request.method} {path[:200]}"
+    made = (HttpError(404, f"there is no {asked} here: /openapi.json lists what there is", "not_found_error") if status == 404
+            else HttpError(405, f"{asked} is not answered: this path takes {(headers or {}).get('Allow', 'another method')}"))
+    return JSONResponse(made.anthropic() if path.startswith("/v1/messages") else made.openai(), status, headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -45,7 +45,8 @@ class Bodies:
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """The body. HttpError 413 as soon as it is known to be too long, before anything of it is parsed; 408 when
         nothing comes; 503 when too much is being read."""
-        too_long = HttpError(413, f"the body is longer than {self._one:,} bytes", "invalid_request_error")
+        too_long = HttpError(413, f"the body is longer than {self._one:,} bytes (--max-body)",
+                             "invalid_request_error")
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._one:
                 raise too_long

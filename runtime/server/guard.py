@@ -30,6 +30,7 @@ _POLLED = frozenset({"/v1/engine", "/v1/sessions"})
 KEYED = b"key"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
+_HEADERS = re.compile(r"[A-Za-z0-9\-_, ]{1,2000}")
 _log = structlog.get_logger()
 
 
@@ -64,6 +65,7 @@ class Guard:
                 made["x-request-id"] = name
                 if origin := self._cors(headers):
                     made["access-control-allow-origin"] = origin
+                    made["access-control-expose-headers"] = "x-request-id, retry-after"
                     made["vary"] = "origin"
             await send(message)
 
@@ -124,8 +126,10 @@ def _same(origin: str, host: str) -> bool:
 
 
 async def _preflight(scope: Scope, receive: Receive, send: Send) -> None:
+    # Clients send headers of their own (x-stainless-os, anthropic-beta): an origin that may ask may send any.
+    asked = Headers(scope=scope).get("access-control-request-headers", "")
     allowed = {"access-control-allow-methods": "GET, POST, DELETE", "access-control-max-age": "600",
-               "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, x-request-id"}
+               "access-control-allow-headers": asked if _HEADERS.fullmatch(asked) else "authorization, content-type, x-api-key"}
     await JSONResponse(None, 200, allowed)(scope, receive, send)
 
 

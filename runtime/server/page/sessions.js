@@ -15,19 +15,21 @@ function row(session) {
   if (rows.has(name)) return rows.get(name);
   const made = $("session-template").content.cloneNode(true).firstElementChild;
   made.querySelector(".name").textContent = session.id;
-  made.querySelector(".place").setAttribute("aria-label", `Where ${session.id} waits`);
+  const place = made.querySelector(".place"), time = made.querySelector(".time");
+  place.setAttribute("aria-label", `Where ${session.id} waits`);
+  time.setAttribute("aria-label", `How long ${session.id} waits`);
   for (const button of made.querySelectorAll("[data-do]")) {
     button.setAttribute("aria-label", `${button.textContent} ${session.id}`);
-    button.addEventListener("click", () => act(button, session, made.querySelector(".place").value));
+    button.addEventListener("click", () => act(button, session, place.value, Number(time.value)));
   }
   $("sessions-rows").prepend(made);
   rows.set(name, made);
   return made;
 }
 
-async function act(button, session, place) {
+async function act(button, session, place, seconds) {
   const path = `/v1/sessions/${encodeURIComponent(session.id)}`, what = button.dataset.do;
-  const body = what === "pause" ? { model: session.model, seconds: 300, place } : { model: session.model };
+  const body = what === "pause" ? { model: session.model, seconds, place } : { model: session.model };
   button.disabled = true;
   try {
     if (what === "close") {

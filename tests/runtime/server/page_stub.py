@@ -91,11 +91,12 @@ class Stub:
         self.calls.append((what, name, body))
         session = self.sessions[name]
         kept = what == "pause" and body["place"] == "keep"
-        session["leased_seconds"] = 300.0 if kept else 0.0
+        session["leased_seconds"] = body["seconds"] if kept else 0.0
         if what == "pause" and body["place"] == "disk":
             return JSONResponse({"status": "rejected", "why": "there is no disk tier", "blocks": 0, "place": "disk",
                                  "seconds": 0})
-        return JSONResponse({"status": "accepted", "why": "", "blocks": 38, "place": "keep", "seconds": 300 if kept else 0})
+        return JSONResponse({"status": "accepted", "why": "", "blocks": 38, "place": "keep",
+                             "seconds": body["seconds"] if kept else 0})
 
     async def close(self, request: Request) -> Response:
         self.calls.append(("close", request.path_params["name"], {}))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.runtime.server.conftest import Server
 
@@ -43,3 +44,36 @@ def test_panels_lie_beside_each_other() -> None:
         assert at["x"] + at["w"] <= 24 and not cells & taken, panel["title"]
         taken |= cells
     assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+
+
+def test_it_is_a_board_that_grafana_takes() -> None:
+    """What Grafana 10 needs of a dashboard (https://grafana.com/docs/grafana/latest/visualizations/dashboards/build-dashboards/
+    view-dashboard-json-model/): kinds of panels that it brings, their place, and where each query goes."""
+    assert BOARD["schemaVersion"] >= 36 and BOARD["title"] and re.fullmatch(r"[A-Za-z0-9_-]{1,40}", BOARD["uid"])
+    assert BOARD.get("id") is None and "__inputs" not in BOARD, "a data source is chosen by a variable, not when it is imported"
+    assert BOARD["time"].keys() == {"from", "to"}
+    variables = {v["name"]: v for v in BOARD["templating"]["list"]}
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    assert variables["datasource"]["type"] == "datasource" and variables["datasource"]["query"] == source["type"]
+    assert variables["model"]["type"] == "query" and variables["model"]["datasource"] == source
+    for panel in BOARD["panels"]:
+        assert panel["type"] in ("stat", "timeseries", "gauge", "bargauge", "heatmap", "table", "text", "row"), panel["title"]
+        assert panel["title"] and type(panel["id"]) is int and panel["datasource"] == source
+        at = panel["gridPos"]
+        assert at.keys() == {"x", "y", "w", "h"} and all(type(n) is int for n in at.values()), panel["title"]
+        assert at["x"] >= 0 and at["y"] >= 0 and at["w"] >= 1 and at["h"] >= 1
+        assert panel["targets"] and panel["fieldConfig"]["defaults"]
+        refs = [target["refId"] for target in panel["targets"]]
+        assert len(set(refs)) == len(refs), panel["title"]
+        assert all(target["datasource"] == source for target in panel["targets"]), panel["title"]
+    used = set(re.findall(r"\$(?:\{(\w+)\}|(\w+))", json.dumps(BOARD["panels"])))
+    assert {a or b for a, b in used} <= {*variables, "__rate_interval", "__range", "__interval"}
+
+
+def test_its_queries_are_promql() -> None:
+    promql = pytest.importorskip("promql_parser", reason="needs the package promql-parser, of the extra test")
+    with pytest.raises(ValueError):
+        promql.parse("sum(rate(x[5m])")
+    for panel in BOARD["panels"]:
+        for target in panel["targets"]:
+            promql.parse(target["expr"].replace("$__rate_interval", "1m"))

@@ -361,6 +361,7 @@ def test_a_key(stub: tuple[Stub, str]) -> None:
 
 
 def test_sessions(stub: tuple[Stub, str]) -> None:
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.select import Select
 
     made, url = stub
@@ -373,6 +374,13 @@ def test_sessions(stub: tuple[Stub, str]) -> None:
     assert made.calls[-1] == ("pause", "agent", {"model": "stub", "seconds": 300, "place": "keep"})
     assert "accepted, 38 blocks, keep, 300 s" in page("#sessions-said").text
     page.shot("desktop")
+    time = row.find_element("css selector", ".time")
+    assert [option.get_attribute("value") for option in Select(time).options] == ["60", "300", "1800", "3600", "86400"]
+    time.send_keys("1 h", Keys.TAB, Keys.ENTER)  # by keyboard: chosen by its name, then the button behind it
+    page.until(lambda: "leased for 3600 s" in row.text)
+    assert made.calls[-1] == ("pause", "agent", {"model": "stub", "seconds": 3600, "place": "keep"})
+    assert "accepted, 38 blocks, keep, 3600 s" in page("#sessions-said").text
+    page.until(lambda: time.get_attribute("value") == "3600")  # what was chosen stays chosen
     Select(row.find_element("css selector", ".place")).select_by_value("disk")
     row.find_element("css selector", "[data-do=pause]").click()
     page.until(lambda: "there is no disk tier" in page("#sessions-said").text)
