@@ -86,6 +86,25 @@ def test_origins(server: Server, locked: Server) -> None:
         "access-control-allow-origin"] == good["origin"]
     assert httpx.get(locked.url + "/v1/models", headers=ask | bearer(KEYS[0])).status_code == 403
     assert httpx.options(locked.url + "/v1/models", headers=ask).status_code == 403
+    # What clients send of their own may be sent, whatever it is called; what is no list of names is not said back.
+    wanted = "authorization,x-stainless-os, anthropic-beta"
+    for names, allowed in ((wanted, wanted), ("a: b", "authorization, content-type, x-api-key")):
+        before = httpx.options(locked.url + "/v1/models", headers=good | {"access-control-request-headers": names})
+        assert before.headers["access-control-allow-headers"] == allowed
+        assert "retry-after" in before.headers["access-control-expose-headers"]
+
+
+def test_paths_and_methods_that_are_not_there_are_said(locked: Server) -> None:
+    with httpx.Client(base_url=locked.url, headers=bearer(KEYS[0])) as client:
+        answer = client.post("/v1/v1/chat/completions", json={})
+        assert answer.status_code == 404 and answer.json()["error"]["message"] == (
+            "there is no POST /v1/v1/chat/completions here: /openapi.json lists what there is")
+        answer = client.get("/v1/chat/completions")
+        assert answer.status_code == 405 and answer.json()["error"]["type"] == "invalid_request_error"
+        assert "takes POST" in answer.json()["error"]["message"] and answer.headers["allow"] == "POST"
+        answer = client.post("/v1/messages/nothing", json={})
+        assert answer.status_code == 404 and answer.json()["type"] == "error", "as Anthropic's clients read it"
+        assert answer.json()["error"]["type"] == "not_found_error"
 
 
 def test_bodies_are_bounded_before_they_are_read(locked: Server) -> None:
