@@ -96,7 +96,8 @@ class Guard:
             raise HttpError(403, "this origin may not ask: start with --allowed-origins", "permission_error")
         if not self._keys or path in OPEN_PATHS:
             return b""
-        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key") or (token.strip() if scheme.lower() == "bearer" else scheme)
         digest = hashlib.sha256(given.encode()).digest()
         found = b""
         for key in self._keys:  # all of them, whichever matches

@@ -42,7 +42,7 @@ def bearer(key: str) -> dict[str, str]:
 def test_everything_needs_a_key(locked: Server, path: str) -> None:
     with httpx.Client() as client:
         for headers in ({}, bearer("wrong-key"), {"authorization": "Bearer"}, {"x-api-key": KEYS[0][:-1]},
-                        {"authorization": KEYS[0] + "x"}):
+                        {"authorization": KEYS[0] + "x"}, {"authorization": f"Basic {KEYS[0]}"}):
             answer = client.get(locked.url + path, headers=headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", (path, answer.text)
 
@@ -52,7 +52,8 @@ def test_health_needs_none_and_each_key_works(locked: Server) -> None:
         assert httpx.get(locked.url + path).status_code == 200
     for key in KEYS:
         assert httpx.get(locked.url + "/v1/models", headers=bearer(key)).status_code == 200
-        assert httpx.get(locked.url + "/v1/models", headers={"x-api-key": key}).status_code == 200
+        for headers in ({"x-api-key": key}, {"authorization": f"bearer  {key}"}, {"authorization": key}):
+            assert httpx.get(locked.url + "/v1/models", headers=headers).status_code == 200
 
 
 def test_prefixes_are_not_shared_between_keys(locked: Server) -> None:
