@@ -68,7 +68,7 @@ class _Pairs(Products):
         return self.isa.rows if self.isa.vectors > 1 else 4
 
     def width(self, rows: int) -> int:
-        return super().width(rows) if self.isa.vectors > 1 or rows > 1 else 2
+        return super().width(rows) if self.isa.vectors > 1 or rows > 1 or self.splits else 2
 
 
 class PairProducts(_Pairs):

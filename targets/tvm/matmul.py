@@ -58,11 +58,14 @@ class Column:
     half: bool = False
 
 
-def for_blocks(rows: Expr, most: int, emit: Callable[[Expr, int, Expr, Expr], None]) -> None:
-    """Cut `rows` into blocks of at most `most`, as even as can be: `emit(first row, rows, number, blocks)` for each."""
+def for_blocks(rows: Expr, most: int, emit: Callable[[Expr, int, Expr, Expr], None], fewest: int = 1) -> None:
+    """Cut `rows` into blocks of at most `most`, as even as can be: `emit(first row, rows, number, blocks)` for each.
+
+    `fewest`: what no block falls below: 2, where there are more rows than one and blocks of more than two.
+    """
     many = opaque(T.max(T.int32(1), (rows + (most - 1)) // most))
     least, larger = opaque(rows // many), opaque(rows % many)  # rows of a block, blocks that have one more
-    for count in range(1, most + 1):
+    for count in range(fewest, most + 1):
         more = T.EQ(least, count - 1)
         here = opaque(T.Select(more, larger, T.Select(T.EQ(least, count), many - larger, T.int32(0))))
         before = opaque(T.Select(more, T.int32(0), larger))
@@ -111,6 +114,8 @@ class Blocks:
         count, width = len(xs), 1
         while width < TILE // LANES and 2 * width * count <= self.most * self.isa.vectors:
             width *= 2  # fewer rows leave registers for more columns
+        if count == 1 and width == TILE // LANES:
+            ahead = 0  # one stream, in order: what the processor prefetches by itself is better
         acc = scratch(count * width * LANES)
 
         def cell(m: int, v: int) -> Expr:

@@ -26,6 +26,8 @@ from inferloom.targets.tvm.rows import row_dim, storage
 
 Expr = Any
 OP = "packed_quantized_linear"
+#: Steps from the weights that a single row is multiplied by to those that are prefetched: 8 KiB.
+AHEAD = 32
 #: What is added to a value to make it unsigned.
 SHIFT = {"int8": 128, "int4": 8}
 
@@ -68,20 +70,25 @@ class _Quantized(Matmul):
         with T.serial(0, (rows + (PANEL - 1)) // PANEL) as p:
             first = bind(p * PANEL)
             here = bind(T.min(T.int32(PANEL), rows - first))
-            with T.serial(0, here) as r:
-                start = number(0.0, LANES) if self.group else splat(self.unshifted(views, bind(first + r), T.int32(0)), LANES)
-                with T.serial(0, TILE // LANES) as v:
-                    store(panel, start, r * TILE + v * LANES, LANES)
-            with T.serial(0, -(-self.count // depth)) as s:
-                begin = bind(s * depth)
-                steps = bind(T.min(T.int32(depth), self.count - begin))
-                for_blocks(here, most, lambda row, count, nth, of: block.emit(first, row, count, begin, steps, nth, of))
+            with T.If(T.EQ(here, 1)):
+                with T.Then():
+                    block.single(first)
+                with T.Else():
+                    with T.serial(0, here) as r:
+                        start = number(0.0, LANES) if self.group else splat(self.unshifted(views, bind(first + r)), LANES)
+                        with T.serial(0, TILE // LANES) as v:
+                            store(panel, start, r * TILE + v * LANES, LANES)
+                    with T.serial(0, -(-self.count // depth)) as s:
+                        begin = bind(s * depth)
+                        steps = bind(T.min(T.int32(depth), self.count - begin))
+                        for_blocks(here, most, lambda row, count, nth, of: block.emit(
+                            first, row, count, begin, steps, nth, of), 2 if most > 2 else 1)
             with T.serial(0, here) as r:
                 self._epilogue(views, panel, tile, r, bind(first + r))
 
-    def unshifted(self, views: list[Expr], row: Expr, group: Expr) -> Expr:
-        """Where the sum of a group starts, so that it ends as if the weights had not been shifted."""
-        return bind(views[self.sums][row * self.lds + group] * T.int32(-self.shift))
+    def unshifted(self, views: list[Expr], row: Expr) -> Expr:
+        """Where the sum of a row without groups starts, so that it ends as if the weights had not been shifted."""
+        return bind(views[self.sums][row * self.lds] * T.int32(-self.shift))
 
     def _sums(self, panel: Expr, env: dict[Value, Column], r: Expr) -> Column:
         bias = env[self.added] if self.added is not None else None
@@ -129,6 +136,51 @@ class _Block:
                     self._some(ints, bind(steps // UNROLL * UNROLL + i), 1, at)
                 for cell in ints.all():
                     T.buffer_store(self.panel, ints[cell], [self._place(row, at, cell)])
+
+    def single(self, first: Expr) -> None:
+        """The sums of one row that is alone: all columns of a step side by side, so that weights are read in the order in
+        which they lie, and from one tile on to the next."""
+        of, width = self.of, self.of.products.width(1)
+        parts = [_Cells(1, width) for _ in range(TILE // LANES // width)]
+        self.rows, start = 1, None if of.group else splat(of.unshifted(self.views, first), LANES)
+        for part, ints in enumerate(parts):
+            for m, v in ints.all():
+                if start is None:
+                    T.buffer_store(self.panel, number(0.0, LANES), [self._place(T.int32(0), part * width, (m, v))])
+                else:
+                    ints[m, v] = start
+        size = of.group // of.per_step if of.group else UNROLL
+
+        def slice(begin: Expr, steps: int) -> None:
+            self.begin = begin
+            self.xs = [bind(first * of.ldx + begin * (1 if self.words is not None else of.products.words))]
+            if self.words is not None:
+                self._split(T.int32(steps))
+
+            def some(k: Expr, count: int) -> None:
+                base = bind(self.weights + wide((begin + k + AHEAD) * TILE))
+                for line in range(count * (TILE // LANES)):
+                    T.evaluate(T.call_extern("void", "inferloom_prefetch", T.address_of(self.w[base + line * LANES])))
+                for part, ints in enumerate(parts):
+                    if of.group:
+                        self._group(ints, first, T.int32(0), T.int32(part * width), bind(k // size))
+                    else:
+                        self._some(ints, k, count, T.int32(part * width))
+
+            with T.serial(0, steps // size) as i:
+                some(bind(i * size), size)
+            if steps % size:
+                with T.serial(0, steps % size) as i:
+                    some(bind(steps // size * size + i), 1)
+
+        with T.serial(0, of.count // self.depth) as s:
+            slice(bind(s * self.depth), self.depth)
+        if of.count % self.depth:
+            slice(T.int32(of.count // self.depth * self.depth), of.count % self.depth)
+        if not of.group:
+            for part, ints in enumerate(parts):
+                for cell in ints.all():
+                    T.buffer_store(self.panel, ints[cell], [self._place(T.int32(0), T.int32(part * width), cell)])
 
     def _turns(self, count: Expr, size: int, width: int, at: Expr, work: Callable[[Expr], None]) -> None:
         """Do `work(i)` for i below `count`, each of `size` steps. Every block prefetches its part of the next slice's weights:
@@ -182,27 +234,28 @@ class _Block:
 
     def _groups(self, ints: _Cells, at_x: Expr, row: Expr, at: Expr, steps: Expr) -> None:
         """Add the groups of the slice, each summed as integers, to the sums in the panel."""
+        each = self.of.group // self.of.per_step
+        self._turns(steps // each, each, ints.width, at, lambda i: self._group(ints, at_x, row, at, i))
+
+    def _group(self, ints: _Cells, at_x: Expr, row: Expr, at: Expr, i: Expr) -> None:
+        """Add the slice's group i."""
         of, views = self.of, self.views
         each, groups = of.group // of.per_step, of.k // of.group
-
-        def one(i: Expr) -> None:
-            g = bind(self.begin // each + i)
-            sums = [bind(views[of.sums][(at_x + m) * of.lds + g]) for m in range(self.rows)]
-            for m, v in ints.all():
-                ints[m, v] = splat(sums[m] * T.int32(-of.shift), LANES)
-            with T.serial(0, each // UNROLL) as part:
-                self._some(ints, bind(i * each + part * UNROLL), UNROLL, at)
-            place = bind(wide(self.tile) * (groups * TILE) + wide(g * TILE + at * LANES))
-            scales = [_widened(views[of.scales], place + v * LANES) for v in range(ints.width)]
-            offsets = [_widened(views[of.body.inputs.index(of.offsets)], place + v * LANES)
-                       for v in range(ints.width)] if of.offsets is not None else []
-            for m, v in ints.all():
-                made = vmath.fma(T.cast(ints[m, v], f32(LANES)), scales[v], self.panel[self._place(row, at, (m, v))], LANES)
-                if offsets:
-                    made = vmath.fma(splat(T.cast(sums[m], "float32"), LANES), offsets[v], made, LANES)
-                T.buffer_store(self.panel, made, [self._place(row, at, (m, v))])
-
-        self._turns(steps // each, each, ints.width, at, one)
+        g = bind(self.begin // each + i)
+        sums = [bind(views[of.sums][(at_x + m) * of.lds + g]) for m in range(self.rows)]
+        for m, v in ints.all():
+            ints[m, v] = splat(sums[m] * T.int32(-of.shift), LANES)
+        with T.serial(0, each // UNROLL) as part:
+            self._some(ints, bind(i * each + part * UNROLL), UNROLL, at)
+        place = bind(wide(self.tile) * (groups * TILE) + wide(g * TILE + at * LANES))
+        scales = [_widened(views[of.scales], place + v * LANES) for v in range(ints.width)]
+        offsets = [_widened(views[of.body.inputs.index(of.offsets)], place + v * LANES)
+                   for v in range(ints.width)] if of.offsets is not None else []
+        for m, v in ints.all():
+            made = vmath.fma(T.cast(ints[m, v], f32(LANES)), scales[v], self.panel[self._place(row, at, (m, v))], LANES)
+            if offsets:
+                made = vmath.fma(splat(T.cast(sums[m], "float32"), LANES), offsets[v], made, LANES)
+            T.buffer_store(self.panel, made, [self._place(row, at, (m, v))])
 
 
 class _Cells:
