@@ -22,7 +22,7 @@ from inferloom.ir.ops.attention import Q_POS
 from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.attention_tiles import KeyTiles, llvm
+from inferloom.targets.tvm.attention_integers import key_tiles, llvm
 from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, splat, store, vectors, wide
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.kvlayout import KEYS
@@ -66,7 +66,7 @@ class _Attention:
         self.parts = -(-self.group // MAX_HEADS)
         self.size = -(-self.group // self.parts)
         self.chosen = int(str(self.node.attrs["chosen"]))
-        self.tiles = KeyTiles(self.state, q.type.dtype, isa, self.node.loc, self.chosen >= 0)
+        self.tiles = key_tiles(self.state, q.type.dtype, isa, self.node.loc, self.chosen >= 0)
         self.subs, self.keys = self.tiles.subs, self.tiles.subs * KEYS
         inputs = [body.inputs.index(v) for v in (q, state, starts, lens, tables, *extra)]
         (self.out,) = body.outputs
@@ -106,6 +106,7 @@ class _Attention:
         rows = bind(count * self.size)
         self.queries = scratch(most * self.tiles.words, self.tiles.held)
         self.sums, self.top, self.total = scratch(most * dv), scratch(most), scratch(most * LANES)
+        self.tiles.begin(most)
         self.firsts, self.lasts = scratch(self.tokens, "int32"), scratch(self.tokens, "int32")
         if self.chosen >= 0:
             self.named = scratch(self.tokens, "int32")
@@ -191,7 +192,7 @@ class _Attention:
                     with T.Then():
                         self._meet(bind(rows - tail), tail, start, low, high)
 
-        if not self.tiles.widened:
+        if not self.tiles.direct:
             many()
             return
         with T.If(T.EQ(rows, self.size)):
@@ -216,16 +217,21 @@ class _Attention:
         latest = tree([self.lasts[t] for t in tokens], T.max)
         with T.If(T.And(earliest < start + self.keys, latest >= start)):
             with T.Then():
-                scores, decay = scratch(count * self.keys), scratch(count)
+                scores, decay = scratch(count * self.keys), scratch(LANES)
                 self.tiles.scores(self.queries, row, count, scores, high, direct)
                 room = self.tiles.room(count)
                 probs = scores if room is None else room
+                # In three steps, so that no row waits for the exponential of another.
+                store(decay, number(0.0, LANES), T.int32(0), LANES)
                 with T.serial(0, count) as m:
-                    self._softmax(bind(row + m), m, start, scores, probs, decay)
+                    self._highest(bind(row + m), m, start, scores, decay)
+                store(decay, vmath.exp_below(bind(decay[lane_of(T.int32(0), LANES)]), LANES), T.int32(0), LANES)
+                with T.serial(0, count) as m:
+                    self._weigh(bind(row + m), m, scores, probs, decay)
                 self.tiles.values(self.sums, row, count, probs, decay, low, high, direct)
 
-    def _softmax(self, r: Expr, m: Expr, start: Expr, scores: Expr, probs: Expr, decay: Expr) -> None:
-        """Scores of one row become probabilities against the highest so far; `decay` is what that makes of sums so far."""
+    def _highest(self, r: Expr, m: Expr, start: Expr, scores: Expr, change: Expr) -> None:
+        """What the products of one row make of it, over them; the highest so far, and by how much it has risen, as `change`."""
         token = bind(r // self.size)
         where = {"q_pos": bind(self.position + token), "token": bind(self.first + token), "head": self._q_head(r)}
         lowered = []
@@ -239,14 +245,19 @@ class _Attention:
             if self.chosen >= 0:
                 seen = T.And(seen, splat(self.named[token], KEYS) > splat(T.int32(0), KEYS))
             lowered.append(bind(T.Select(seen, as_float(self._vector("score", env), KEYS), number(MASKED, KEYS))))
+        for s, x in enumerate(lowered):
+            store(scores, x, m * self.keys + s * KEYS, KEYS)
         old = bind(self.top[r])
         new = bind(T.max(old, self.tiles.max16(tree(lowered, lambda a, b: bind(T.max(a, b))))))
-        shrink = bind(vmath.exp_below(old - new, 1))
-        p = [vmath.exp_below(x - splat(new, KEYS), KEYS) for x in lowered]
-        total = self.total[lane_of(r * LANES, LANES)] * splat(shrink, LANES)
-        store(self.total, total + tree(p, lambda a, b: a + b), r * LANES, LANES)
         store(self.top, new, r, 1)
-        store(decay, shrink, m, 1)
+        store(change, old - new, m, 1)
+
+    def _weigh(self, r: Expr, m: Expr, scores: Expr, probs: Expr, decay: Expr) -> None:
+        """Probabilities of one row against the highest so far; `decay` is what that makes of sums so far."""
+        top = bind(splat(self.top[r], KEYS))
+        p = [vmath.exp_below(scores[lane_of(m * self.keys + s * KEYS, KEYS)] - top, KEYS) for s in range(self.subs)]
+        total = self.total[lane_of(r * LANES, LANES)] * splat(decay[m], LANES)
+        store(self.total, total + tree(p, lambda a, b: a + b), r * LANES, LANES)
         self.tiles.keep(p, probs, m)
 
     # -- scalar expressions

@@ -77,7 +77,7 @@ class KeyTiles:
         #: Products of bf16 pairs, in the scores and in the sums of values.
         self.dot = bool(isa.bf16_dot) and query is DType.BF16 and state.dtype is DType.BF16
         self.dot_values = self.dot and not state.latent and state.v_dim % LANES == 0
-        self.subs = 1 if state.latent else 4 if isa.vectors > 1 else 2
+        self.subs = 1 if state.latent else 4
         if by_block:
             self.subs = gcd(self.subs, self.layout.tiles)
         self.query = {DType.F32: "float32", DType.BF16: "int32" if self.dot else "uint16"}[query]
@@ -104,7 +104,20 @@ class KeyTiles:
         self.keys: Expr = None if plain or self.dot else scratch(self.subs * KEYS * state.k_dim)
         self.vals: Expr = None if plain or self.dot_values else scratch(self.subs * KEYS * state.v_dim)
 
+    def begin(self, rows: int) -> None:
+        """Take room for what is kept of up to so many rows."""
+
     # -- small functions
+
+    def _width(self, rows: int, most: int, direct: bool) -> int:
+        """Vectors, a divisor of `most`, that a block of rows has sums of at a time: few rows would wait for their sums.
+
+        With `direct`, what is widened must be in registers, too.
+        """
+        width, room = 1, self.isa.rows * self.isa.vectors - direct
+        while most % (width * 2) == 0 and rows * width * 2 <= room:
+            width *= 2
+        return width
 
     def max16(self, x: Expr) -> Expr:
         return T.call_pure_extern("float32", "inferloom_max16", x)
@@ -150,6 +163,11 @@ class KeyTiles:
     def widened(self) -> bool:
         """Whether products need keys or values in another form than they are stored in."""
         return not (self.state.dtype is DType.F32 or self.dot and self.dot_values)
+
+    @property
+    def direct(self) -> bool:
+        """Whether a single token's rows widen what they read by themselves."""
+        return self.widened
 
     def stage(self, low: Expr, high: Expr) -> None:
         """Widen the tile's keys, and the values of its keys `low` to `high`; those are the ones that rows see."""
@@ -215,7 +233,7 @@ class KeyTiles:
             self._by_column(queries, row, count, scores, high, direct)
 
     def _by_column(self, queries: Expr, row: Expr, count: int, scores: Expr, high: Expr, direct: bool) -> None:
-        width = gcd(self.subs, self.isa.vectors)
+        width = self._width(count, self.subs, direct)
         pooled = self.keys is None or direct
         source = self.keys if not pooled else self.pool
         parts = self.layout.pair if direct else 1
@@ -278,7 +296,7 @@ class KeyTiles:
         dv, dot = self.state.v_dim, self.dot_values
         apart = self.state.k_dim if self.state.latent and pooled else dv
         lanes = vectors(dv, apart)
-        width, pair = gcd(dv // lanes, self.isa.vectors) if lanes == LANES else 1, 2 if dot else 1
+        width, pair = self._width(count, dv // lanes, direct) if lanes == LANES else 1, 2 if dot else 1
         parts = self.layout.pair if direct else 1
         ld = max(LANES, self.subs * KEYS // 2) if dot else self.subs * KEYS
         source = self.vals if not pooled else self.pool

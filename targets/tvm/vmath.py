@@ -216,12 +216,17 @@ def bf16_to_f32(bits: Expr, lanes: int) -> Expr:
     return T.reinterpret(f32(lanes), raised)
 
 
+def to_int32(x: Expr, lanes: int) -> Expr:
+    """The nearest integer, ties to even."""
+    return T.Bind(T.cast(_unary("llvm.rint", x, lanes), typed("int32", lanes)))
+
+
 def to_8_bits(x: Expr, dtype: DType, lanes: int) -> Expr:
     """float32 as bits of the nearest i8 or f8, ties to even; of larger ones, of the largest (127 or 448)."""
     most = LARGEST[dtype]
     x = T.Bind(T.max(T.min(x, number(most, lanes)), number(-most, lanes)))
     if dtype is DType.I8:
-        return T.cast(T.cast(_unary("llvm.rint", x, lanes), typed("int32", lanes)), typed("int8", lanes))
+        return T.cast(to_int32(x, lanes), typed("int8", lanes))
 
     def word(v: int) -> Expr:
         return splat(T.int32(v), lanes)
@@ -230,7 +235,7 @@ def to_8_bits(x: Expr, dtype: DType, lanes: int) -> Expr:
     bits = T.Bind(T.reinterpret(typed("int32", lanes), size))
     # 3 bits of mantissa stay, and the exponent counts from 7 instead of 127. Below 2^-6 there are multiples of 2^-9.
     rounded = T.shift_right(bits + word(0x7FFFF) + T.bitwise_and(T.shift_right(bits, word(20)), word(1)), word(20)) - word(960)
-    small = T.cast(_unary("llvm.rint", size * number(512.0, lanes), lanes), typed("int32", lanes))
+    small = to_int32(size * number(512.0, lanes), lanes)
     code = T.Bind(T.Select(size < number(2.0**-6, lanes), small, rounded))
     sign = T.bitwise_and(T.shift_right(T.reinterpret(typed("int32", lanes), x), word(24)), word(0x80))
     return T.cast(T.bitwise_or(code, sign), typed("int8", lanes))
