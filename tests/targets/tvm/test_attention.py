@@ -13,12 +13,13 @@ from inferloom.ir.ops.attention import KVArrays
 from inferloom.ir.types import LARGEST, DType
 from inferloom.targets.chips import find
 from inferloom.targets.tvm import isa
-from tests.targets.attention_cases import BLOCK, KV_CASES, Batch, body
+from inferloom.targets.tvm.attention_integers import WIDEST
+from tests.targets.attention_cases import BLOCK, KV_CASES, Batch, Case, body
 from tests.targets.attention_cases import CASES as SHARED
 from tests.targets.single import STORED, aligned
 from tests.targets.tvm.bodies import Kernels
 
-CASES = SHARED | KV_CASES
+CASES = SHARED | KV_CASES | {"widest_int8": Case(1, 1, WIDEST, 16, DType.I8)}
 #: An attention kernel takes LLVM seconds.
 QUICK = {"causal", "bf16", "odd_bf16", "many_queries_of_one_key", "unclamped_window", "alibi", "sinks_window", "chosen",
          "documents", "prefix", "int8", "fp8"}
@@ -120,6 +121,15 @@ def check(kernels: Kernels, name: str, batch: Batch) -> None:
         alone = kernels.run(name, batch.one(seq, token) | pool, {"tokens": 1, "seqs": 1},
                             {"q_tiles": np.array([[0, 0, 1]], np.int32)})
         assert np.array_equal(alone[0][0], got[batch.starts[seq] + token])
+
+
+def test_the_widest_head_stays_in_range() -> None:
+    """The largest integers of one sign, and keys whose sign would turn if their sums left int32."""
+    name = "widest_int8"
+    batch = Batch(CASES[name])
+    batch.state.k[:] = np.where(np.arange(len(batch.state.k)) % 3, 1.0, -1.0)[:, None, None]
+    batch.q[:] = 0.5
+    check(compiled(name), name, batch)
 
 
 def test_query_heads_are_split() -> None:
