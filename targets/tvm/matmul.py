@@ -95,8 +95,8 @@ class Blocks:
 
     @property
     def most(self) -> int:
-        """Rows of the largest block. Halves of weights take the registers of two."""
-        return max(1, self.isa.rows - (2 if self.halved else 0))
+        """Rows of the largest block. Halves of weights, beside the weights, take the registers of one."""
+        return max(1, self.isa.rows - (1 if self.halved else 0))
 
     def _blocks(self, x: Expr, w: Expr, panel: Expr, weights: Expr, place: Callable[[Expr, int], list[Expr]], rows: Expr,
                 begin: Expr, steps: Expr, ahead: int = 0) -> None:

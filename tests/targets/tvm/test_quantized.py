@@ -93,7 +93,7 @@ def test_matches_interpreter_and_rows_are_independent(kernels: Kernels, name: st
             assert np.array_equal(whole[row], one[0])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16, 33, 100])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16, 33, 97, 100])
 @pytest.mark.parametrize("name", ["int8_odd", "int4_g32_asym"])
 def test_any_number_of_rows(kernels: Kernels, name: str, rows: int) -> None:
     kernels.check(name, inputs_of(kernels, name, rows, rows), {"tokens": rows})
