@@ -65,6 +65,7 @@ class Leases:
         self.pool, self.most, self.longest = pool, most, longest
         self._held: dict[str, _Lease] = {}
         self._of = Counter[str]()  # blocks of each owner's leases; what two lease counts for both
+        self._names: dict[str, dict[str, None]] = {}  # of each owner's leases, the one taken longest ago first
 
     def __len__(self) -> int:
         return len(self._held)
@@ -83,6 +84,7 @@ class Leases:
         if until < seconds:
             why.append(f"leases last {self.longest:g} s at most")
         lease, blocks = self._held.setdefault(name, _Lease([], now + until)), 0
+        self._names.setdefault(owner_of(name), {})[name] = None
         for key in keys:
             found = self.pool.lookup(key)
             if found is None:
@@ -114,7 +116,7 @@ class Leases:
             giver = who_gives(self._of, owner_of(name), blocks)
             if giver is None:  # what was given is leased by others as well
                 return False
-            self._give(next(other for other in self._held if owner_of(other) == giver))
+            self._give(next(iter(self._names[giver])))
         return True
 
     def _room_for(self, name: str, blocks: int) -> bool:
@@ -139,9 +141,9 @@ class Leases:
             self.pool.unlease(key)
             self._of[owner] -= blocks
         if not lease.keys:
-            del self._held[name]
-        if not self._of[owner]:
-            del self._of[owner]
+            del self._held[name], self._names[owner][name]
+        if not self._names[owner]:
+            del self._names[owner], self._of[owner]
 
     def expire(self, now: float) -> None:
         """End the leases whose time is over."""
@@ -151,8 +153,9 @@ class Leases:
     def check_integrity(self) -> None:
         """Raise ValueError unless the pool's counts are those of the leases."""
         self.pool.check_leases(key for lease in self._held.values() for key, _ in lease.keys)
-        counts = Counter[str]()
+        counts, names = Counter[str](), dict[str, dict[str, None]]()
         for name, lease in self._held.items():
             counts[owner_of(name)] += sum(blocks for _, blocks in lease.keys)
-        if counts != self._of:
+            names.setdefault(owner_of(name), {})[name] = None
+        if counts != self._of or names != self._names:
             raise ValueError("leases and what their owners have of them disagree")

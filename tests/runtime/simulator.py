@@ -193,7 +193,7 @@ class Life:
     def live(self, event: Event) -> None:
         """Let the event happen, then so many steps."""
         a, b, c, d, e, f = event.numbers
-        sessions, name = self.engine.sessions, f"s{a % 5}"
+        sessions, name = self.engine.sessions, f"{'abb'[a % 3]}:s{a % 5}"
         assert sessions is not None
         known = {info.name for info in sessions.list()}
         if event.kind == "add":

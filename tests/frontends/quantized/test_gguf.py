@@ -158,6 +158,14 @@ def test_tensors_of_every_kind_in_one_file(tiny_checkpoint: Path, tmp_path: Path
         assert np.array_equal(turned(held[name].read(), 4), stored)
 
 
+def test_pooling_is_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    tiny(tmp_path / "x.gguf", tiny_checkpoint, llama__pooling_type=1)
+    traced = loader.load(tmp_path / "x.gguf", task="embed")
+    assert traced.embedding is not None and (traced.embedding.pooling, traced.embedding.normalize) == ("mean", True)
+    tiny(tmp_path / "x.gguf", tiny_checkpoint)
+    assert loader.load(tmp_path / "x.gguf", task="embed").embedding is None
+
+
 def test_the_tokenizer_is_the_checkpoints_own(tiny_checkpoint: Path, demo_checkpoint: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
