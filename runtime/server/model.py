@@ -93,8 +93,11 @@ class Models:
         return self._named[name]
 
     def of(self, name: str | None, task: str) -> Model:
-        """The model that a request names, which must have been compiled for the task. HttpError 404, or 400 if it was not."""
-        model = self[name]
+        """The model that a request names, which must have been compiled for the task; the first such one if it names none.
+
+        HttpError 404, or 400 if it was not.
+        """
+        model = self[name] if name else next((m for m in self.all if m.manifest.task == task), self.all[0])
         try:
             check_task(model.manifest.task, task)
         except RequestError as error:

@@ -128,6 +128,9 @@ def test_each_model_refuses_the_others_requests(both: Server, client: openai.Ope
         assert answer.status_code == 400, answer.text
         assert "embedder: the artifact was compiled to embed" in answer.json()["error"]["message"]
     assert client.completions.create(model="writer", prompt="a", max_tokens=2, temperature=0).choices[0].finish_reason
+    for path, body, name in (("/v1/completions", {"prompt": "a", "max_tokens": 1}, "writer"),
+                             ("/v1/embeddings", {"input": "a"}, "embedder")):
+        assert httpx.post(both.url + path, json=body).json()["model"] == name, "without a name, the first that can"
 
 
 def test_a_client_that_leaves_ends_its_inputs(both: Server) -> None:
