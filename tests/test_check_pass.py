@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import inferloom
 from inferloom.checks.check_pass import check_pass
 from inferloom.checks.model import attention_model
 from inferloom.compiler import plugins
@@ -104,18 +103,17 @@ def test_installed_packages_offer_passes(tmp_path: Path, monkeypatch: pytest.Mon
     assert made.name == "dilated" and made.variant is not None and made.variant.name == "dilated"
 
 
-def test_compiled_served_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo = Path(__file__).parents[1] / "models" / "demo"
+def test_compiled_served_and_recorded(tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "dilated"
-    assert command(monkeypatch, "compile", str(demo), "--pass", str(EXAMPLE), "--dtype", "fp32", "--out", str(out),
-                   "--max-tokens", "64", "--max-seqs", "4") == 0
+    assert command(monkeypatch, "compile", str(tiny_checkpoint), "--pass", str(EXAMPLE), "--dtype", "fp32", "--out", str(out),
+                   "--max-tokens", "64", "--max-seqs", "8") == 0
     manifest = json.loads((out / "manifest.json").read_text())
     (loaded,) = plugins.load([str(EXAMPLE)])
     assert manifest["numerics"]["passes"] == f"my_variant {loaded.digest}"
-    plain = inferloom.compile(demo, dtype="fp32", out=tmp_path / "plain", max_tokens=64, max_seqs=4)
     ids = np.random.default_rng(0).integers(3, 200, 90).tolist()
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=3, ignore_eos=True)
-    with LLM(out, threads=1) as ours, LLM(plain, threads=1) as theirs:
+    with LLM(out, threads=1) as ours, LLM(tiny_artifact, threads=1) as theirs:
         assert {g.kind for g in ours.manifest.state.groups} == {"window_kv"}
         mine, other = (llm.generate([ids, ids[:20]], params) for llm in (ours, theirs))
         assert mine[0].outputs != other[0].outputs
@@ -143,13 +141,15 @@ def test_the_command_reports_and_exits(tmp_path: Path, monkeypatch: pytest.Monke
     assert not made["ok"] and any(r["name"] == "cpu: pages" and "misses" in r["text"] for r in made["results"])
 
 
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "pages"), [("prefix-lm", "reads 7 of 7 pages; 7 hold"),
                                              ("document-mask", "reads 3 of 7 pages; 3 hold"),
                                              ("block-sparse:blocks=2,size=16", "chooses its pages")])
-def test_what_comes_along_is_proved(name: str, pages: str) -> None:
-    results = {r.name: r for r in check_pass(name, speed=False)}
+def test_what_comes_along_is_proved(name: str, pages: str, gpu: bool) -> None:
+    results = {r.name: r for r in check_pass(name, gpu=gpu, speed=False)}
     assert all(r.ok in (True, None) for r in results.values())
-    assert pages in results["cpu: pages"].text and pages in results["gpu: pages"].text
+    assert {r.text for n, r in results.items() if n.endswith(": pages") and pages not in r.text} == set()
+    assert len([n for n in results if n.endswith(": pages")]) == 1 + gpu
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -174,7 +174,8 @@ def test_means_of_blocks_are_in_the_memory_contract(tmp_path: Path, monkeypatch:
     assert "2 layers x 2 heads x 16 tokens x (16 + 16) x 4 bytes + 2 layers x 2 x 16 x 4 bytes" in capsys.readouterr().out
 
 
-def test_layers_that_share_keys_and_values_share_their_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_layers_that_share_keys_and_values_share_their_state(gpu: bool, tmp_path: Path) -> None:
     body = """
 from inferloom.ir.graph import rewrite
 def run(graph, report):
@@ -189,7 +190,7 @@ def run(graph, report):
     return rewrite(graph, visit)
 """
     name = write(tmp_path, body)
-    results = {r.name: r for r in check_pass(name, speed=False)}
+    results = {r.name: r for r in check_pass(name, gpu=gpu, speed=False)}
     assert all(r.ok in (True, None) for r in results.values())
     assert "reads 7 of 7 pages; 7 hold" in results["cpu: pages"].text
     out = compile_model(attention_model(), tmp_path / "model", dtype="fp32", block_tokens=16, max_tokens=64, max_seqs=4,

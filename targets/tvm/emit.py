@@ -62,11 +62,11 @@ def scratch(size: int, dtype: str = "float32") -> Expr:
     return T.alloc_buffer((size,), dtype, annotations={"disable_lower_builtin": True})
 
 
-def opaque(value: Expr) -> Expr:
+def opaque(value: Expr, lanes: int = 1) -> Expr:
     """An int32 named by way of memory: TVM simplifies at length what depends on a quotient or a choice that it sees."""
-    buffer = scratch(1, "int32")
-    T.buffer_store(buffer, value, [0])
-    return bind(buffer[0])
+    buffer, place = scratch(lanes, "int32"), lane_of(T.int32(0), lanes)
+    T.buffer_store(buffer, value, [place])
+    return bind(buffer[place])
 
 
 def kernel(symbol: str, signature: list[tuple[int | str, str]], body: Callable[[list[Expr], Expr, Expr], None],

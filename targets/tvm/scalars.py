@@ -11,7 +11,7 @@ from inferloom.ir import expr as scalar
 from inferloom.ir.errors import UnsupportedError
 from inferloom.ir.graph import Node
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import bind, f32, number, splat, typed
+from inferloom.targets.tvm.emit import bind, f32, number, opaque, splat, typed
 
 Expr = Any
 
@@ -27,6 +27,11 @@ def as_float(x: Expr, lanes: int) -> Expr:
 
 def _is_float(x: Expr) -> bool:
     return str(x.dtype if hasattr(x, "dtype") else x.ty.dtype).startswith("float")
+
+
+def _name(x: Expr, lanes: int) -> Expr:
+    """A value named; integers so that TVM does not look through them, which took it seconds for a variant of a few terms."""
+    return bind(x) if _is_float(x) or vmath.is_plain() else opaque(x, lanes)
 
 
 _ARITHMETIC = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "min": T.min,
@@ -66,13 +71,13 @@ def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes
     if name in _COMPARISON:  # TVM cannot name a vector of booleans
         return _COMPARISON[name](*args)
     if name in _ARITHMETIC:
-        return bind(_ARITHMETIC[name](*args))
+        return _name(_ARITHMETIC[name](*args), lanes)
     if name == "div":
         return bind(args[0] / args[1])
     if name == "idiv":
-        return bind(T.floordiv(*args))
+        return _name(T.floordiv(*args), lanes)
     if name == "mod":
-        return bind(T.floormod(*args))
+        return _name(T.floormod(*args), lanes)
     if name == "and":
         return T.And(*args)
     if name == "or":
@@ -81,11 +86,11 @@ def emit_expr(e: scalar.Expr, env: Mapping[str, Expr], tables: list[Expr], lanes
         return T.Not(*args)
     if name == "neg":
         zero = number(0.0, lanes) if _is_float(args[0]) else splat(T.int32(0), lanes)
-        return bind(zero - args[0])
+        return _name(zero - args[0], lanes)
     if name == "select":
-        return bind(T.Select(*args))
+        return _name(T.Select(*args), lanes)
     if name == "abs" and not _is_float(args[0]):
-        return bind(T.max(args[0], splat(T.int32(0), lanes) - args[0]))
+        return _name(T.max(args[0], splat(T.int32(0), lanes) - args[0]), lanes)
     if name in ("exp", "tanh", "abs"):
         return {"exp": vmath.exp, "tanh": vmath.tanh, "abs": vmath.absolute}[name](args[0], lanes)
     raise UnsupportedError(f"the CPU target cannot lower the scalar function {name} yet")

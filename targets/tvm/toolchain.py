@@ -23,7 +23,7 @@ def _pipeline() -> Any:
         t = tirx.transform
         return tvm.ir.transform.Sequential([
             t.FlattenBuffer(), t.NarrowDataType(32), t.VectorizeLoop(True), t.UnrollLoop(), t.StmtSimplify(),
-            t.RemoveNoOp(), t.CommonSubexprElim(), t.AnnotateEntryFunc(), t.SplitHostDevice(), t.MakePackedAPI(),
+            t.CommonSubexprElim(), t.AnnotateEntryFunc(), t.SplitHostDevice(), t.MakePackedAPI(),
         ])(module)
 
     return run, compilation_pipeline.finalize_host_passes, compilation_pipeline.finalize_device_passes

@@ -47,6 +47,7 @@ def test_another_model_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
                 weight /= 1.01
 
     monkeypatch.setattr(breadth, "reference", larger)
+    monkeypatch.setattr(breadth, "GPUS", {})
     made = breadth.examine("llama")
     assert "wrong: " in made["cpu"]["why"]
 
