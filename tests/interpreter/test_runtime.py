@@ -19,7 +19,7 @@ CHIPS = {"cuda": "h100", "hip": "mi300x"}
 PROMPTS = [[5, 9, 17, 30, 31, 32, 90], [7], list(range(40, 75))]
 
 
-@pytest.fixture(params=CHIPS)
+@pytest.fixture(params=["cuda", pytest.param("hip", marks=pytest.mark.slow)])
 def driver(request: pytest.FixtureRequest) -> Mock:
     return mock(request.param)
 
