@@ -22,6 +22,9 @@ GPU_CASES = {**CASES, "f16": Case(dtype=DType.F16, k_dim=32, v_dim=32),
              "latent_wide": Case(32, 1, 288, 272, DType.BF16, latent=True),
              "window_bf16": replace(CASES["window"], dtype=DType.BF16), "wide_bf16": replace(CASES["wide"], dtype=DType.BF16)}
 
+#: Whose bits are compared with those of programs in order; the others meet the reference in random order.
+IN_ORDER_TOO = {"causal", "window_bf16", "chosen", "latent"}
+
 
 def pack(held: KVArrays, stride: int) -> np.ndarray:
     """The pool's bytes for arrays of state: K [heads, tokens, dim] and then V of each block."""
@@ -52,13 +55,17 @@ def test_matches_reference(name: str, tmp_path: Path) -> None:
     prefill, decode = kernels.picked.tiles
     assert prefill >= decode >= 1
     batch = Batch(case, COLUMNS, LENS, COUNTS)
-    got = checked(kernels, case, batch)
-    again = checked(kernels, case, batch, shuffle=4, padded={"d_tiles": 8, "q_tiles": 9})
-    assert np.array_equal(got, again)
+    shuffled = checked(kernels, case, batch, shuffle=4, padded={"d_tiles": 8, "q_tiles": 9})
+    if name in IN_ORDER_TOO:
+        assert np.array_equal(shuffled, checked(kernels, case, batch))
 
 
-@pytest.mark.parametrize("name", ["causal", "window_bf16", "sinks_window"])
-@pytest.mark.parametrize("chip,level", [("mi300x", 0), ("rx7900xtx", 1), ("h100", 4)])
+OTHER = [("causal", "mi300x", 0), ("window_bf16", "rx7900xtx", 1), ("sinks_window", "h100", 4)]
+
+
+@pytest.mark.parametrize("name,chip,level", [*OTHER, *(
+    pytest.param(name, *tiles, marks=pytest.mark.slow) for name, *_ in OTHER for _, *tiles in OTHER
+    if (name, *tiles) not in OTHER)])
 def test_other_tiles(name: str, chip: str, level: int, tmp_path: Path) -> None:
     kernels = Kernels("attention", {"attention": body(GPU_CASES[name], COLUMNS)}, tmp_path, chip, level)
     checked(kernels, GPU_CASES[name], Batch(GPU_CASES[name], COLUMNS, LENS, COUNTS))
