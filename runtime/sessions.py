@@ -172,7 +172,10 @@ class Sessions:
 
     def _put(self, place: str, name: str, session: _Session, needed: Sequence[Key], seconds: float) -> Outcome:
         if place == "keep":
-            return self.leases.take(name, needed, seconds, self._clock())
+            made = self.leases.take(name, needed, seconds, self._clock())
+            if self._in_ram is not None and made.status != "rejected":  # the last wish counts
+                self._in_ram.drop(name)
+            return made
         if place == "ram":
             return self._to_ram(name, needed, seconds)
         if place == "disk":
