@@ -23,19 +23,7 @@ from inferloom.ir.types import DType, StateType, TensorType
 from inferloom.targets.base import Grid, KernelSource
 from inferloom.targets.tvm import vmath
 from inferloom.targets.tvm.attention_integers import key_tiles, llvm
-from inferloom.targets.tvm.emit import (
-    LANES,
-    bind,
-    kernel,
-    lane_of,
-    number,
-    opaque,
-    scratch,
-    splat,
-    store,
-    vectors,
-    wide,
-)
+from inferloom.targets.tvm.emit import LANES, bind, kernel, lane_of, number, scratch, splat, store, vectors, wide
 from inferloom.targets.tvm.isa import CpuIsa
 from inferloom.targets.tvm.kvlayout import KEYS
 from inferloom.targets.tvm.rows import storage
@@ -103,19 +91,19 @@ class _Attention:
         self.extras, self.result, tiles = views[5:5 + self.extra], views[5 + self.extra], views[6 + self.extra]
         self.tiles.bind([pool, *views[7 + self.extra:]])
         mult = self.state.heads * self.parts
-        work, self.head, part = opaque(chunk // mult), opaque(chunk % mult // self.parts), opaque(chunk % self.parts)
+        work, self.head, part = bind(chunk // mult), bind(chunk % mult // self.parts), bind(chunk % self.parts)
         self.part = part
         self.seq, first, count = (bind(tiles[work * 3 + i]) for i in range(3))
-        position = opaque(self.lens[self.seq] - starts[self.seq + 1] + first)  # of the tile's first token
+        position = bind(self.lens[self.seq] - starts[self.seq + 1] + first)  # of the tile's first token
         with T.serial(0, (count + (self.tokens - 1)) // self.tokens) as number:
-            begin = opaque(number * self.tokens)
-            self._pass(opaque(first + begin), opaque(position + begin), opaque(T.min(T.int32(self.tokens), count - begin)))
+            begin = bind(number * self.tokens)
+            self._pass(bind(first + begin), bind(position + begin), bind(T.min(T.int32(self.tokens), count - begin)))
 
     def _pass(self, first: Expr, position: Expr, count: Expr) -> None:
         """Attention of `count` tokens from number `first` of the step, the first at `position` of its sequence."""
         self.first, self.position, most = first, position, self.tokens * self.size
         dv, lanes = self.state.v_dim, vectors(self.state.v_dim)
-        rows = opaque(count * self.size)
+        rows = bind(count * self.size)
         self.queries = scratch(most * self.tiles.words, self.tiles.held)
         self.sums, self.top, self.total = scratch(most * dv), scratch(most), scratch(most * LANES)
         self.tiles.begin(most)
@@ -129,17 +117,17 @@ class _Attention:
         store(ends, length, T.int32(0), 1)
         store(ends, T.int32(0), T.int32(1), 1)
         with T.serial(0, count) as t:
-            where = {"q_pos": opaque(position + t), "token": opaque(first + t)}
-            low = opaque(T.max(self._scalar("first", where), T.int32(0)))
-            high = opaque(T.min(self._scalar("last", where), length - 1))
+            where = {"q_pos": bind(position + t), "token": bind(first + t)}
+            low = bind(T.max(self._scalar("first", where), T.int32(0)))
+            high = bind(T.min(self._scalar("last", where), length - 1))
             store(self.firsts, low, t, 1)
             store(self.lasts, high, t, 1)
             store(ends, T.min(ends[0], low), T.int32(0), 1)
             store(ends, T.max(ends[1], high), T.int32(1), 1)
         lowest, highest = bind(ends[0]), bind(ends[1])
-        begin = opaque(lowest // self.keys)
+        begin = bind(lowest // self.keys)
         with T.serial(0, highest // self.keys + 1 - begin) as number:
-            start = opaque((begin + number) * self.keys)
+            start = bind((begin + number) * self.keys)
             if self.chosen < 0:
                 self._tile(start, lowest, highest, rows)
             else:
@@ -148,7 +136,7 @@ class _Attention:
                         self._tile(start, lowest, highest, rows)
         with T.serial(0, rows) as r:
             inverse = bind(T.float32(1.0) / self.tiles.sum16(self.total[lane_of(r * LANES, LANES)]))
-            target = opaque((first + r // self.size) * self.ldo + self._q_head(r) * dv)
+            target = bind((first + r // self.size) * self.ldo + self._q_head(r) * dv)
             with T.serial(0, dv // lanes) as i:
                 y = self.sums[lane_of(r * dv + i * lanes, lanes)] * splat(inverse, lanes)
                 if isinstance(self.out.type, TensorType) and self.out.type.dtype is DType.BF16:
@@ -158,12 +146,12 @@ class _Attention:
     def _q_head(self, row: Expr) -> Expr:
         """The last part may stick out of the group: it repeats the last head, which writes the same values again."""
         inside = T.min(self.part * self.size + row % self.size, T.int32(self.group - 1))
-        return opaque(self.head * self.group + inside)
+        return bind(self.head * self.group + inside)
 
     def _start(self, r: Expr) -> None:
         """A row's query in the form that the products take, and sums of nothing (of the sink alone)."""
         head, dv = self._q_head(r), self.state.v_dim
-        self.tiles.take_query(self.q, opaque((self.first + r // self.size) * self.ldq + head * self.state.k_dim),
+        self.tiles.take_query(self.q, bind((self.first + r // self.size) * self.ldq + head * self.state.k_dim),
                               self.queries, r)
         sink, lanes = int(str(self.node.attrs["sink"])), vectors(dv)
         store(self.top, self.extras[sink][head] if sink >= 0 else T.float32(LOWEST), r, 1)
@@ -191,18 +179,18 @@ class _Attention:
         for s in range(self.subs):
             store(self.tiles.bases, self._place(start + s * KEYS, lowest, highest), T.int32(s), 1)
             store(self.tiles.after, self._place(start + self.keys + s * KEYS, lowest, highest), T.int32(s), 1)
-        low = opaque(T.max(lowest - start, T.int32(0)) // 2 * 2)
-        high = opaque(T.min(highest + 1 - start, T.int32(self.keys)))
+        low = bind(T.max(lowest - start, T.int32(0)) // 2 * 2)
+        high = bind(T.min(highest + 1 - start, T.int32(self.keys)))
 
         def many() -> None:
             self.tiles.stage(low, high)
             step = self.block
             with T.serial(0, rows // step) as b:
-                self._meet(opaque(b * step), step, start, low, high)
+                self._meet(bind(b * step), step, start, low, high)
             for tail in sorted({n * self.size % step for n in range(1, self.tokens + 1)} - {0}):
                 with T.If(T.EQ(rows % step, tail)):
                     with T.Then():
-                        self._meet(opaque(rows - tail), tail, start, low, high)
+                        self._meet(bind(rows - tail), tail, start, low, high)
 
         if not self.tiles.direct:
             many()
@@ -217,14 +205,14 @@ class _Attention:
     def _place(self, key: Expr, lowest: Expr, highest: Expr) -> Expr:
         """The byte offset of the 16 keys from `key` on; of keys out of what rows see, that of others that they see."""
         size, layout = self.state.block_tokens, self.tiles.layout
-        key = opaque(T.max(T.min(key, highest), lowest))
+        key = bind(T.max(T.min(key, highest), lowest))
         block = bind(self.tables[self.seq * self.columns + key // size])
         place = (self.head * layout.tiles + key % size // KEYS) * layout.tile
         return wide(block) * (self.stride * self.state.dtype.itemsize) + wide(place)
 
     def _meet(self, row: Expr, count: int, start: Expr, low: Expr, high: Expr, direct: bool = False) -> None:
         """`count` rows from `row` on meet the tile, staged or (direct) in the cache, unless none of them sees any of it."""
-        tokens = [opaque((row + m) // self.size) for m in range(count)]
+        tokens = [bind((row + m) // self.size) for m in range(count)]
         earliest = tree([self.firsts[t] for t in tokens], T.min)
         latest = tree([self.lasts[t] for t in tokens], T.max)
         with T.If(T.And(earliest < start + self.keys, latest >= start)):
@@ -236,16 +224,16 @@ class _Attention:
                 # In three steps, so that no row waits for the exponential of another.
                 store(decay, number(0.0, LANES), T.int32(0), LANES)
                 with T.serial(0, count) as m:
-                    self._highest(opaque(row + m), m, start, scores, decay)
+                    self._highest(bind(row + m), m, start, scores, decay)
                 store(decay, vmath.exp_below(bind(decay[lane_of(T.int32(0), LANES)]), LANES), T.int32(0), LANES)
                 with T.serial(0, count) as m:
-                    self._weigh(opaque(row + m), m, scores, probs, decay)
+                    self._weigh(bind(row + m), m, scores, probs, decay)
                 self.tiles.values(self.sums, row, count, probs, decay, low, high, direct)
 
     def _highest(self, r: Expr, m: Expr, start: Expr, scores: Expr, change: Expr) -> None:
         """What the products of one row make of it, over them; the highest so far, and by how much it has risen, as `change`."""
-        token = opaque(r // self.size)
-        where = {"q_pos": opaque(self.position + token), "token": opaque(self.first + token), "head": self._q_head(r)}
+        token = bind(r // self.size)
+        where = {"q_pos": bind(self.position + token), "token": bind(self.first + token), "head": self._q_head(r)}
         lowered = []
         for s in range(self.subs):
             k_pos = bind(T.ramp(start + s * KEYS, 1, KEYS))
