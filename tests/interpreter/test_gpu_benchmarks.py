@@ -111,10 +111,10 @@ def test_kernels_of_a_model(gpu: MockedGpu, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_models(gpu: MockedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endtoend, "LOADS", ((2, 20, 3),))
+    monkeypatch.setattr(endtoend, "LOADS", ((2, 20, 6),))
     monkeypatch.setattr(endtoend, "CHUNKS", (20, 12, 1, 1))
     made = run(endtoend.models, gpu, tmp_path)
-    assert [c["name"] for c in made["cases"]] == ["tiny-logits", "tiny-2x20+3"]
+    assert [c["name"] for c in made["cases"]] == ["tiny-logits", "tiny-2x20+6"]
     assert made["cases"][0]["error"]["same_choice"] > 0.8
     load = made["cases"][1]
     assert load["launches"] > 10 and load["tokens_per_s"] > 0 and load["bytes"] > 100_000
