@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from inferloom.benchmarks.machine import describe
 from inferloom.benchmarks.serve import report, traces
 from inferloom.benchmarks.serve.client import Client
 from inferloom.benchmarks.serve.load import run
@@ -82,7 +83,8 @@ def main() -> None:
     given = parser.parse_args()
     memory, ram = parse_bytes(given.memory), parse_bytes(given.ram)
     conversations = traces.agent(given.agents, given.turns, given.seed, given.speed, given.scale)
-    made: dict[str, Any] = {"trace": {k: v for k, v in vars(given).items() if k not in ("artifact", "out")}}
+    made: dict[str, Any] = {"machine": describe(),
+                            "trace": {k: v for k, v in vars(given).items() if k not in ("artifact", "against", "out")}}
     with serving(given.artifact, "--memory", str(memory)) as url:
         made["without"] = asyncio.run(ask(url, conversations, given.seconds, None))
     with tempfile.TemporaryDirectory() as state, serving(
