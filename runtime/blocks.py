@@ -19,13 +19,43 @@ class OutOfBlocks(RequestError):
     """The pool has no free block; the scheduler preempts on it."""
 
 
-class BlockPool:
+class Leasable:
+    """What holds state that can be leased, and how often each key is."""
+
+    def __init__(self) -> None:
+        self._leases: Counter[Key] = Counter()
+
+    def lease(self, key: Key) -> None:
+        """Take what is under `key` only when nothing else can be taken; as often as it is leased, it must be unleased."""
+        self._lease(key, 1)
+
+    def unlease(self, key: Key) -> None:
+        """One lease less; the last one makes it ordinary, as recently used as can be."""
+        if not self._leases[key]:
+            raise ValueError("a key is unleased more often than it was leased")
+        self._lease(key, -1)
+
+    def is_leased(self, key: Key) -> bool:
+        return key in self._leases
+
+    def _lease(self, key: Key, change: int) -> None:
+        """So many leases more; what is under the key goes where it belongs then."""
+        raise NotImplementedError
+
+    def _count(self, key: Key, change: int) -> None:
+        self._leases[key] += change
+        if not self._leases[key]:
+            del self._leases[key]
+
+
+class BlockPool(Leasable):
     """`size` blocks, numbered from 0.
 
     `evicted(key, blocks)` is called before cached content is given up for something else, while it is still there.
     """
 
     def __init__(self, size: int) -> None:
+        super().__init__()
         self.size = size
         self.evicted: Callable[[Key, tuple[int, ...]], None] | None = None
         self.leased = 0
@@ -34,7 +64,6 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(size))
         self._key_of: dict[int, Key] = {}
         self._by_key: dict[Key, tuple[int, ...]] = {}
-        self._leases: Counter[Key] = Counter()
         self._kept: OrderedDict[int, None] = OrderedDict()  # free blocks under lease
 
     @property
@@ -105,27 +134,12 @@ class BlockPool:
         """Whether others may find the block's content, so that it must not change."""
         return block in self._key_of
 
-    def lease(self, key: Key) -> None:
-        """Take what is cached under `key` only when nothing else is free; as often as it is leased, it must be unleased."""
-        self._lease(key, 1)
-
-    def unlease(self, key: Key) -> None:
-        """One lease less; the last one makes it ordinary cache, as recently used as can be."""
-        if not self._leases[key]:
-            raise ValueError("a key is unleased more often than it was leased")
-        self._lease(key, -1)
-
-    def is_leased(self, key: Key) -> bool:
-        return key in self._leases
-
     def _lease(self, key: Key, change: int) -> None:
         before, blocks = key in self._leases, self._by_key.get(key, ())
         idle = [b for b in blocks if self._refs[b] == 0]
         for block in idle:
             del self._idle(block)[block]
-        self._leases[key] += change
-        if not self._leases[key]:
-            del self._leases[key]
+        self._count(key, change)
         self.leased += ((key in self._leases) - before) * len(blocks)
         for block in idle:
             self._idle(block)[block] = None

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
-from inferloom.runtime.blocks import Key
+from inferloom.runtime.blocks import Key, Leasable
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.tiers.store import Pages, size
 
 
-class RamStore:
+class RamStore(Leasable):
     """At most `capacity` bytes of pages. What is under lease stays when others come."""
 
     def __init__(self, capacity: int) -> None:
         if capacity < 0:
             raise RequestError(f"a tier cannot have {capacity} bytes")
+        super().__init__()
         self.capacity, self.used = capacity, 0
         self.leased = 0  # blocks under lease
         self._kept_bytes = 0
         self._pages: OrderedDict[Key, Pages] = OrderedDict()
         self._kept: OrderedDict[Key, Pages] = OrderedDict()  # pages under lease
-        self._leases: Counter[Key] = Counter()
 
     def __contains__(self, key: Key) -> bool:
         return key in self._of(key)
@@ -62,24 +62,9 @@ class RamStore:
         """What is under `key`, which is not counted as a use."""
         return self._of(key).get(key)
 
-    def lease(self, key: Key) -> None:
-        """Hold what is under `key` against what is not leased; as often as it is leased, it must be unleased."""
-        self._lease(key, 1)
-
-    def unlease(self, key: Key) -> None:
-        """One lease less; the last one makes it ordinary, as recently used as can be."""
-        if not self._leases[key]:
-            raise ValueError("a key is unleased more often than it was leased")
-        self._lease(key, -1)
-
-    def is_leased(self, key: Key) -> bool:
-        return key in self._leases
-
     def _lease(self, key: Key, change: int) -> None:
         pages = self.drop(key)
-        self._leases[key] += change
-        if not self._leases[key]:
-            del self._leases[key]
+        self._count(key, change)
         if pages is not None:
             self._add(key, pages, 1)
 
