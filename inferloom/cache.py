@@ -20,6 +20,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from inferloom.errors import MissingExtraError, UsageError
+from inferloom.runtime.manifest import Embedding
 
 Progress = Callable[[str], None]
 
@@ -128,7 +129,7 @@ def _check_compiled(artifact: Path, options: CompileOptions) -> None:
         return
     manifest = json.loads((artifact / "manifest.json").read_text())
     had = {"kv_dtype": manifest["model"]["dtype"], "task": manifest.get("task", "generate"),
-           **({"pooling": "last", "normalize": True} | manifest.get("embedding", {}) if manifest.get("task") == "embed" else {}),
+           **(asdict(Embedding()) | manifest.get("embedding", {}) if manifest.get("task") == "embed" else {}),
            **manifest.get("numerics", {}).get("options", {})}
     for name, value in wanted.items():
         if value != had.get(name, "none"):

@@ -6,8 +6,9 @@ it, least recently used first, and can be taken back by its key. What is under l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from inferloom.runtime.errors import RequestError
 
@@ -19,11 +20,22 @@ class OutOfBlocks(RequestError):
     """The pool has no free block; the scheduler preempts on it."""
 
 
-class Leasable:
-    """What holds state that can be leased, and how often each key is."""
+class Leasable(ABC):
+    """What holds state that can be leased, and how often each key is; `leased` counts the blocks that are there under lease."""
 
     def __init__(self) -> None:
+        self.leased = 0
         self._leases: Counter[Key] = Counter()
+
+    @abstractmethod
+    def lookup(self, key: Key) -> Sequence[object] | None:
+        """The blocks under `key`."""
+        ...
+
+    @abstractmethod
+    def check_leases(self, keys: Iterable[Key]) -> None:
+        """Raise ValueError unless these leased keys (one entry a lease) are all that there are."""
+        ...
 
     def lease(self, key: Key) -> None:
         """Take what is under `key` only when nothing else can be taken; as often as it is leased, it must be unleased."""
@@ -38,9 +50,10 @@ class Leasable:
     def is_leased(self, key: Key) -> bool:
         return key in self._leases
 
+    @abstractmethod
     def _lease(self, key: Key, change: int) -> None:
         """So many leases more; what is under the key goes where it belongs then."""
-        raise NotImplementedError
+        ...
 
     def _count(self, key: Key, change: int) -> None:
         self._leases[key] += change
@@ -58,7 +71,6 @@ class BlockPool(Leasable):
         super().__init__()
         self.size = size
         self.evicted: Callable[[Key, tuple[int, ...]], None] | None = None
-        self.leased = 0
         self.cached = 0  # free blocks whose content can be found again
         self._refs = [0] * size
         self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(size))

@@ -9,31 +9,11 @@ the end of the lease that was taken longest ago.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from inferloom.runtime.blocks import Key
+from inferloom.runtime.blocks import Key, Leasable
 from inferloom.runtime.owners import owner_of, who_gives
-
-
-class Place(Protocol):
-    """What state can be leased in; `leased` counts the blocks that are there under lease."""
-
-    @property
-    def leased(self) -> int: ...
-
-    def lookup(self, key: Key) -> Sequence[object] | None:
-        """The blocks under `key`."""
-        ...
-
-    def lease(self, key: Key) -> None: ...
-
-    def unlease(self, key: Key) -> None: ...
-
-    def is_leased(self, key: Key) -> bool: ...
-
-    def check_leases(self, keys: Iterable[Key]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +41,7 @@ class _Lease:
 class Leases:
     """Leases on cached keys of one place, at most `most` blocks together, each for at most `longest` seconds."""
 
-    def __init__(self, pool: Place, most: int, longest: float = 3600.0) -> None:
+    def __init__(self, pool: Leasable, most: int, longest: float = 3600.0) -> None:
         self.pool, self.most, self.longest = pool, most, longest
         self._held: dict[str, _Lease] = {}
         self._of = Counter[str]()  # blocks of each owner's leases; what two lease counts for both

@@ -60,6 +60,7 @@ class Sessions:
                  wall: Callable[[], float] = time.time) -> None:
         self.cache, self.leases, self.tiers, self._clock, self._wall = cache, leases, tiers, clock, wall
         self._in_ram = None if tiers.ram is None else Leases(tiers.ram, tiers.ram.capacity // tiers.page_bytes, LONGEST_IN_RAM)
+        self._leases = [leases] if self._in_ram is None else [leases, self._in_ram]
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._tokens = 0
         self._looked = wall()
@@ -152,11 +153,11 @@ class Sessions:
         where = self.tiers.where(below)
         saved = self.tiers.disk is not None and name in self.tiers.disk.sessions
         return SessionInfo(name, len(session.tokens), len(needed), len(needed) - len(below), where["ram"], where["disk"],
-                           max(leases.remaining(name, now) for leases in self._leases()), saved)
+                           max(leases.remaining(name, now) for leases in self._leases), saved)
 
     def tick(self) -> None:
         """End what has timed out; cheap enough for every step."""
-        for leases in self._leases():
+        for leases in self._leases:
             leases.expire(self._clock())
         now = self._wall()
         if self.tiers.disk is not None and abs(now - self._looked) > 10:
@@ -165,7 +166,7 @@ class Sessions:
 
     def check_integrity(self) -> None:
         """Raise ValueError when what is leased and what is there disagree."""
-        for leases in self._leases():
+        for leases in self._leases:
             leases.check_integrity()
         if self.tiers.ram is not None:
             self.tiers.ram.check_integrity()
@@ -189,14 +190,15 @@ class Sessions:
             return Outcome("rejected", "there is no tier in memory", place="ram")
         start = time.perf_counter()
         pages = self._pages(needed)
-        if sum(map(size, pages.values())) > ram.capacity:
+        count = sum(map(size, pages.values()))
+        if count > ram.capacity:
             return Outcome("rejected", f"it is larger than the tier in memory, {ram.capacity:,} bytes", place="ram")
         leases.drop(name)
         if not leases.make_room(name, sum(len(each) for key, each in pages.items() if not ram.is_leased(key))):
             return Outcome("rejected", "others are held in the tier in memory", place="ram")
         for key, each in pages.items():
             ram.put(key, each)
-        self.tiers.costs.ram.add(sum(map(size, pages.values())), time.perf_counter() - start)
+        self.tiers.costs.ram.add(count, time.perf_counter() - start)
         self.leases.drop(name)
         there = [key for key in needed if key in pages]
         made = leases.take(name, there, seconds, self._clock())
@@ -246,11 +248,8 @@ class Sessions:
                                       pause=pause, pressure=1 - pool.unused / pool.size,
                                       running=page * (pool.size - pool.available))
 
-    def _leases(self) -> Sequence[Leases]:
-        return [self.leases] if self._in_ram is None else [self.leases, self._in_ram]
-
     def _drop_leases(self, name: str) -> None:
-        for leases in self._leases():
+        for leases in self._leases:
             leases.drop(name)
 
     def _set(self, name: str, tokens: Sequence[int], root: bytes | None) -> None:

@@ -18,7 +18,6 @@ class RamStore(Leasable):
             raise RequestError(f"a tier cannot have {capacity} bytes")
         super().__init__()
         self.capacity, self.used = capacity, 0
-        self.leased = 0  # blocks under lease
         self._kept_bytes = 0
         self._pages: OrderedDict[Key, Pages] = OrderedDict()
         self._kept: OrderedDict[Key, Pages] = OrderedDict()  # pages under lease
