@@ -2,7 +2,7 @@
 
 Pages are copies: what the pool does meanwhile does not matter. Until they are on disk they can be fetched from here. What
 waits is bounded, a session that is closed is not saved any more, and one that is saved again before its turn is saved once, as
-it was last.
+it was last. Owners take turns, and where there is no room for all that would wait, the owner with most of it gives first.
 """
 
 from __future__ import annotations
@@ -12,41 +12,48 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 from inferloom.runtime.blocks import Key
+from inferloom.runtime.owners import owner_of, who_gives
 from inferloom.runtime.tiers.disk import DiskStore, SavedSession
 from inferloom.runtime.tiers.store import Pages, size
 
-#: Bytes of pages that may wait to be written.
+#: Bytes of pages that may wait to be written, beside those that are being written.
 MAX_WAITING = 256 << 20
+
+_Save = tuple[Mapping[Key, Pages], SavedSession]
 
 
 class DiskWriter:
-    """Writes to `disk` what is put, in order. `failed` counts what could not be saved."""
+    """Writes to `disk` what is put: of each owner in order. `failed` counts what could not be saved, or gave its place."""
 
     def __init__(self, disk: DiskStore, most: int = MAX_WAITING) -> None:
         self._disk, self._most = disk, most
-        self._waiting: OrderedDict[str, tuple[Mapping[Key, Pages], SavedSession]] = OrderedDict()
-        self._now: SavedSession | None = None  # what is being written
+        #: What waits by owner, whose turn comes next first; of each owner by name, the oldest first.
+        self._waiting: OrderedDict[str, OrderedDict[str, _Save]] = OrderedDict()
+        self._now: _Save | None = None  # what is being written
+        self._wanted = True  # still, when it is
         self._pages: dict[Key, tuple[Pages, int]] = {}  # all that waits or is being written, and how many want it written
-        self._bytes, self._busy, self._closed = 0, False, False
+        self._closed = False
         self.failed = 0
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="inferloom-disk", daemon=True)
         self._thread.start()
 
     def put(self, pages: Mapping[Key, Pages], session: SavedSession) -> bool:
-        """Save this when its turn comes; False when too much waits already. What is larger than all that may wait goes
-        alone."""
+        """Save this when its turn comes. False when too much waits already, and no owner has more of it than this one would:
+        what was put before stays as it is then. What is larger than all that may wait goes alone."""
         with self._changed:
-            self._drop(session.name)
-            count = sum(map(size, pages.values()))
-            if self._closed or (self._bytes and self._bytes + count > self._most):
+            givers = [] if self._now is None else self._givers(session.name, _bytes(pages))
+            if self._closed or givers is None:
                 return False
-            self._waiting[session.name] = pages, session
-            self._bytes += count
+            for name in (session.name, *givers):
+                self._drop(name)
+            self.failed += len(givers)
+            self._waiting.setdefault(owner_of(session.name), OrderedDict())[session.name] = pages, session
             for key, each in pages.items():
                 first, wanted = self._pages.get(key, (each, 0))
                 self._pages[key] = first, wanted + 1
-            self._changed.notify_all()
+            if self._now is None:
+                self._take_turn()
             return True
 
     def __contains__(self, key: Key) -> bool:
@@ -66,13 +73,13 @@ class DiskWriter:
         """The session is over: it is not saved any more."""
         with self._changed:
             self._drop(name)
-            if self._now is not None and self._now.name == name:
-                self._now = None
+            if self._now is not None and self._now[1].name == name:
+                self._wanted = False
 
     def flush(self) -> None:
         """Wait until nothing waits."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and not self._busy)
+            self._changed.wait_for(lambda: self._now is None)
 
     def close(self) -> None:
         """Write what waits, and end the thread."""
@@ -81,31 +88,62 @@ class DiskWriter:
             self._changed.notify_all()
         self._thread.join()
 
+    def _givers(self, name: str, more: int) -> list[str] | None:
+        """Sessions whose places `more` bytes under `name` take, each owner's last ones first; None if there is no room."""
+        taker, over = owner_of(name), list[str]()
+        sizes = {owner: [(each, _bytes(pages)) for each, (pages, _) in saves.items() if each != name]
+                 for owner, saves in self._waiting.items()}
+        held = {owner: sum(count for _, count in each) for owner, each in sizes.items()}
+        while sum(held.values()) + more > self._most:
+            giver = who_gives(held, taker, more)
+            if giver is None:
+                return None
+            last, count = sizes[giver].pop()
+            held[giver] -= count
+            over.append(last)
+        return over
+
     def _drop(self, name: str) -> None:
-        pages, _ = self._waiting.pop(name, ({}, None))
-        self._let_go(pages)
+        saves = self._waiting.get(owner_of(name), {})
+        if name in saves:
+            pages, _ = saves.pop(name)
+            self._let_go(pages)
+            if not saves:
+                del self._waiting[owner_of(name)]
 
     def _let_go(self, pages: Mapping[Key, Pages]) -> None:
-        self._bytes -= sum(map(size, pages.values()))
         for key in pages:
             first, wanted = self._pages.pop(key)
             if wanted > 1:
                 self._pages[key] = first, wanted - 1
 
+    def _take_turn(self) -> None:
+        """What is next is being written from here on, and its owner's next turn comes after the others'."""
+        self._now, self._wanted = None, True
+        if self._waiting:
+            owner, saves = self._waiting.popitem(last=False)
+            _, self._now = saves.popitem(last=False)
+            if saves:
+                self._waiting[owner] = saves
+        self._changed.notify_all()
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._now is not None or self._closed)
+                if self._now is None:
                     return
-                _, (pages, session) = self._waiting.popitem(last=False)
-                self._now, self._busy = session, True
+                pages, session = self._now
             try:
-                self._disk.save(pages, session, lambda session=session: self._now is session)  # type: ignore[misc]
+                self._disk.save(pages, session, lambda: self._wanted)
             except Exception:  # no room, or a disk that fails: the next one may go better
-                self.failed += 1
+                with self._changed:
+                    self.failed += 1
             finally:
                 with self._changed:
-                    self._now, self._busy = None, False
                     self._let_go(pages)
-                    self._changed.notify_all()
+                    self._take_turn()
+
+
+def _bytes(pages: Mapping[Key, Pages]) -> int:
+    return sum(map(size, pages.values()))

@@ -103,7 +103,7 @@ def test_what_waits_can_be_read(slow: tuple[threading.Event, threading.Event], t
     assert tiers.fetched_ram == (12 if again else 6)
     go.set()
     tiers.writer.flush()
-    assert tiers.writer.empty and not tiers.writer._bytes and disk.sessions["agent"].needs and len(disk) == 6
+    assert tiers.writer.empty and disk.sessions["agent"].needs and len(disk) == 6
     assert not any(key in tiers.writer for key in disk.sessions["agent"].needs)
     crowd(engine)
     before = device.computed
@@ -159,16 +159,50 @@ def test_a_session_that_is_closed_is_not_saved(slow: tuple[threading.Event, thre
 def test_what_waits_is_bounded(slow: tuple[threading.Event, threading.Event], open_writer: Callable[..., Any]) -> None:
     begun, go = slow
     store, writer = open_writer(most=3 * PAGE)
-    assert writer.put(dict(entry(i) for i in range(2)), session("first", []))
+    assert writer.put(dict(entry(i) for i in range(5)), session("large, but alone", []))
     assert begun.wait(30)
-    assert writer.put(dict([entry(2)]), session("second", [])) and writer.put(dict([entry(3)]), session("second", []))
-    assert not writer.put(dict([entry(4)]), session("third", []))
+    assert not writer.put(dict(entry(i) for i in range(5, 9)), session("large", []))
+    assert writer.put(dict(entry(i) for i in range(9, 11)), session("first", []))
+    assert writer.put(dict([entry(11)]), session("second", [])) and writer.put(dict([entry(12)]), session("second", []))
+    assert not writer.put(dict([entry(13)]), session("third", []))
+    assert not writer.put(dict(entry(i) for i in range(14, 16)), session("second", []))  # the one before stays
     go.set()
     writer.flush()
-    assert set(store.sessions) == {"first", "second"} and entry(2)[0] not in store and entry(3)[0] in store
-    assert writer.put(dict(entry(i) for i in range(5, 10)), session("large, but alone", []))
+    assert list(store.sessions) == ["large, but alone", "first", "second"] and not writer.failed
+    assert [entry(i)[0] in store for i in range(16)] == [True] * 5 + [False] * 4 + [True] * 2 + [False, True] + [False] * 3
+    assert writer.put(dict(entry(i) for i in range(20, 24)), session("large", []))
     writer.flush()
-    assert "large, but alone" in store.sessions
+    assert "large" in store.sessions
+
+
+def test_who_has_most_of_what_waits_gives(slow: tuple[threading.Event, threading.Event],
+                                          open_writer: Callable[..., Any]) -> None:
+    begun, go = slow
+    store, writer = open_writer(most=6 * PAGE)
+    for i in range(7):
+        assert writer.put(dict([entry(i)]), session(f"a:{i}", []))
+        assert begun.wait(30)  # a:0 is being written
+    assert not writer.put(dict([entry(7)]), session("a:7", []))
+    assert writer.put(dict(entry(i) for i in range(10, 12)), session("b:0", []))  # in the place of a:6 and a:5
+    assert writer.failed == 2 and entry(5)[0] not in writer and entry(4)[0] in writer
+    assert not writer.put(dict(entry(i) for i in range(20, 24)), session("c:0", [])) and writer.failed == 2
+    assert writer.put(dict([entry(20)]), session("c:0", [])) and writer.failed == 3  # of a:4
+    assert writer.put(dict(entry(i) for i in range(30, 33)), session("b:0", [])) is False  # a would have less than b
+    assert entry(10)[0] in writer and entry(30)[0] not in writer
+    go.set()
+    writer.flush()
+    assert set(store.sessions) == {"a:0", "a:1", "a:2", "a:3", "b:0", "c:0"} and writer.empty
+
+
+def test_owners_take_turns(slow: tuple[threading.Event, threading.Event], open_writer: Callable[..., Any]) -> None:
+    begun, go = slow
+    store, writer = open_writer()
+    for i, name in enumerate(("a:0", "a:1", "a:2", "a:3", "b:0", "b:1", "nobody's")):
+        assert writer.put(dict([entry(i)]), session(name, []))
+    assert begun.wait(30)
+    go.set()
+    writer.flush()
+    assert list(store.sessions) == ["a:0", "a:1", "b:0", "nobody's", "a:2", "b:1", "a:3"]
 
 
 def test_a_full_disk_fails_one_and_not_the_next(open_writer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
