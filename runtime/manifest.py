@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.records import read, write
@@ -33,6 +33,9 @@ FOREIGN = ("wasm", "opencl", "webgpu")
 
 Space = Literal["workspace", "weights", "state", "input"]
 Driver = Literal["none", "cuda", "hip", "wasm", "opencl", "webgpu"]
+#: What becomes one vector of a prompt's hidden states: that of the last token, or the mean of all.
+Pooling = Literal["last", "mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +252,7 @@ class Embedding:
     """How an artifact that embeds makes one vector of a prompt's hidden states, unless a request says otherwise: of the last
     token or the mean of all; of length 1 if `normalize`."""
 
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Pooling = "last"
     normalize: bool = True
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inferloom.runtime.errors import RequestError
-
-POOLINGS = ("last", "mean")
+from inferloom.runtime.manifest import POOLINGS
 
 _WRONG = {"embed": "the artifact was compiled to generate, and gives no hidden states: compile the model with --task embed",
           "generate": "the artifact was compiled to embed, and gives no logits: compile the model without --task embed"}

@@ -11,12 +11,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from inferloom.ir.errors import UnsupportedError
+from inferloom.runtime.manifest import POOLINGS, Pooling
 
 MODULES = "modules.json"
-Pooling = Literal["last", "mean"]
 #: sentence-transformers' words, and the numbers of GGUF.
 _NAMES = {"lasttoken": "last", "mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
 _GGUF = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
@@ -67,10 +67,10 @@ def check_pooling(found: CheckpointPooling | None, pooling: str | None, normaliz
     UnsupportedError for what cannot be done.
     """
     wanted = pooling or (found.pooling if found is not None else "last")
-    if wanted not in ("last", "mean"):
+    if wanted not in POOLINGS:
         where = "" if pooling or found is None else f"{found.where}: "
         why = ": the first token of a causal model sees no other, and its state says nothing of a text" if wanted == "cls" else ""
-        raise UnsupportedError(f"{where}pooling {wanted!r} is not supported{why}; choose --pooling last or mean")
+        raise UnsupportedError(f"{where}pooling {wanted!r} is not supported{why}; choose --pooling {' or '.join(POOLINGS)}")
     unit = normalize if normalize is not None else found.normalize if found is not None else True
     return wanted, unit  # type: ignore[return-value]
 

@@ -10,7 +10,7 @@ import typer
 
 from inferloom.cache import CompileOptions
 from inferloom.errors import UsageError
-from inferloom.runtime.pooling import POOLINGS
+from inferloom.runtime.manifest import POOLINGS
 
 DTYPES = ("fp32", "fp16", "bf16")
 TASKS = ("generate", "embed")
@@ -49,7 +49,7 @@ MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", min=1, show_
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", "--kv-cache-dtype", show_default=False,
                                              help="What keys and values are kept in: bf16, int8, fp8; --dtype if not given.")]
 Task = Annotated[str, typer.Option("--task", help="What for: generate, or embed (final hidden states instead of logits).")]
-Pooling = Annotated[str | None, typer.Option("--pooling", show_default=False, metavar="last|mean",
+Pooling = Annotated[str | None, typer.Option("--pooling", show_default=False, metavar="|".join(POOLINGS),
                                              help="With --task embed: whose hidden state a vector is; what the checkpoint says, "
                                                   "or the last token's, if not given.")]
 Normalize = Annotated[bool | None, typer.Option("--normalize/--no-normalize", show_default=False,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag
 
+from inferloom.runtime.manifest import Pooling
 from inferloom.runtime.params import SamplingParams
 from inferloom.runtime.pooling import shortened
 from inferloom.runtime.server.api.fields import Body, Name, Token
@@ -45,7 +46,7 @@ class EmbeddingBody(Body):
                      Discriminator(_kind)]
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    pooling: Literal["last", "mean"] | None = None
+    pooling: Pooling | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = True
     priority: Annotated[int, Field(ge=-2**31, lt=2**31)] | None = 0

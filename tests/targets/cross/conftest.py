@@ -34,15 +34,16 @@ def traced(tiny_checkpoint: Path) -> TracedModel:
 
 @pytest.fixture(scope="session")
 def compiled(traced: TracedModel, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """`compiled(chip, dtype)`: the tiny model's artifact for a chip, compiled once."""
-    made: dict[tuple[str, str], Artifact] = {}
+    """`compiled(chip, dtype, quant, kv_dtype)`: the tiny model's artifact for a chip, compiled once."""
+    made: dict[tuple[str | None, ...], Artifact] = {}
 
-    def get(chip: str, dtype: str) -> Artifact:
-        if (chip, dtype) not in made:
+    def get(chip: str, dtype: str, quant: str | None = None, kv_dtype: str | None = None) -> Artifact:
+        options = chip, dtype, quant, kv_dtype
+        if options not in made:
             folder = tmp_path_factory.mktemp("cross") / "artifact"
-            compile_model(traced, folder, chip=chip, dtype=dtype, **LIMITS)  # type: ignore[arg-type]
-            made[chip, dtype] = Artifact.open(folder, check_chip=False)
-        return made[chip, dtype]
+            compile_model(traced, folder, chip=chip, dtype=dtype, quant=quant, kv_dtype=kv_dtype, **LIMITS)  # type: ignore[arg-type]
+            made[options] = Artifact.open(folder, check_chip=False)
+        return made[options]
 
     return get
 

@@ -1,7 +1,13 @@
-"""Kernels of traced architectures: each against the interpreter, the logits against the traced graph, chunks bit for bit."""
+"""Kernels of traced architectures: each against the interpreter, the logits against the traced graph, chunks bit for bit.
+
+The traced graph computes in float32 with the weights as they are stored, so that the limit is on what kernels add. Rounding
+the weights to bf16 changes these small random models by more: mistral's logits by 0.18 of their spread, and transformers' own
+by 0.22 in bf16.
+"""
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -23,6 +29,11 @@ BLOCK = 16
 QUICK = {"llama_tied_bias", "mpt"}
 
 
+def as_bf16(x: np.ndarray) -> np.ndarray:
+    """A weight as it is stored; norms and biases, of one dimension, stay as they are."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32) if x.ndim > 1 and x.dtype == np.float32 else x
+
+
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in zoo.ZOO])
 def test_architecture(name: str) -> None:
     from inferloom.compiler.frontends.huggingface import trace_config
@@ -32,12 +43,15 @@ def test_architecture(name: str) -> None:
     params = random_params(before, traced.imported.buffers)
     ids = np.random.default_rng(1).integers(0, 131, 23).astype(np.int32)
     rows = np.array([0, 9, 22], np.int32)
-    (want,) = interpret(before, {"tokens": ids, "positions": np.arange(23, dtype=np.int32), "logit_rows": rows}, params)
+    feeds = {"tokens": ids, "positions": np.arange(23, dtype=np.int32), "logit_rows": rows}
     inputs = CpuTarget(find("cpu")).lowering.inputs
     for dtype, tolerance in ((DType.F32, 1e-4), (DType.BF16, 0.2)):
+        stored = params if dtype is DType.F32 else {name: as_bf16(x) for name, x in params.items()}
+        (want,) = interpret(before, feeds, stored)
         graph = lower(before, Options(dtype, PACKING, 32, False, BLOCK, 64, 4, 4, inputs=inputs.get(dtype)), Report())
         compiled = Compiled(graph, params)
         whole = compiled.run(paged_inputs(graph, ids, 0, None, BLOCK, rows), check=True).copy()
+        print("ERR", name, dtype, np.abs(whole - want).max() / want.std())
         assert np.abs(whole - want).max() <= tolerance * want.std()
         compiled.pool[:] = 0
         at, last = 0, whole
