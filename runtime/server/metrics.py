@@ -118,7 +118,8 @@ class _Engines:
         yield gauge("sessions", "Sessions that are remembered.", count("sessions"))
         yield gauge("session_leases", "Sessions whose state is held in the pool.", count("leases"))
         yield gauge("session_leased_blocks", "Blocks of state that they hold.", count("leased_blocks"))
-        yield counter("session_save_failures", "Sessions that could not be written to disk, or gave their place to another owner's.", count("failed_saves"))
+        yield counter("session_save_failures", "Sessions that were not written to disk: they failed, or gave place to others.",
+                      count("failed_saves"))
         yield counter("spec_decode_num_draft_tokens", "Tokens that were drafted.", count("drafted"))
         yield counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right.", count("accepted"))
         yield counter("steps", "Steps.", beat("steps"))
