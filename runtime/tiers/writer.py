@@ -104,7 +104,7 @@ class DiskWriter:
         return over
 
     def _drop(self, name: str) -> None:
-        saves = self._waiting.get(owner_of(name), {})
+        saves: OrderedDict[str, _Save] = self._waiting.get(owner_of(name), OrderedDict())
         if name in saves:
             pages, _ = saves.pop(name)
             self._let_go(pages)
