@@ -33,6 +33,7 @@ class CpuChip:
     i8_dot: str = ""
     sve_bits: int = 0
     fused: bool = True
+    f16: bool = True
     mattr: tuple[str, ...] = ()
     mabi: str = ""
     driver: str = "none"

@@ -61,7 +61,7 @@ class CpuTarget:
 
     def compile_kernels(self, sources: Sequence[KernelSource], logits: Logits | None, say: Progress) -> CompiledModule:
         """Generate, compile and link all kernels of an artifact."""
-        with dialect(Dialect.LLVM if self.chip.fused else Dialect.LLVM_UNFUSED):
+        with dialect(Dialect.LLVM if self.chip.fused else Dialect.LLVM_UNFUSED, self.chip.f16):
             return self._compile(sources, logits)
 
     def _compile(self, sources: Sequence[KernelSource], logits: Logits | None) -> CompiledModule:

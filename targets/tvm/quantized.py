@@ -279,7 +279,7 @@ class _Cells:
 
 
 def _widened(view: Expr, place: Expr) -> Expr:
-    return bind(T.cast(view[T.ramp(place, 1, LANES)], f32(LANES)))
+    return bind(vmath.f16_to_f32(view[T.ramp(place, 1, LANES)], LANES))
 
 
 def _type(value: Value | None) -> TensorType:

@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from inferloom.ir.types import DType
 from inferloom.targets.tvm import vmath
-from inferloom.targets.tvm.emit import LANES, f32, lane_of, scratch, splat, store, typed, vectors
+from inferloom.targets.tvm.emit import LANES, lane_of, scratch, splat, store, typed, vectors
 
 Expr = Any
 Index = Sequence[Expr]
@@ -49,7 +49,7 @@ def widen(raw: Expr, dtype: DType, lanes: int) -> Expr:
     if dtype in (DType.I8, DType.U8):
         return T.cast(raw, typed("int32", lanes))
     if dtype is DType.F16:
-        return T.cast(raw, f32(lanes))
+        return vmath.f16_to_f32(raw, lanes)
     return vmath.bf16_to_f32(raw, lanes) if dtype is DType.BF16 else raw
 
 

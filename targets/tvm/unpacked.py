@@ -169,7 +169,7 @@ class Unpacked(Blocks):
     def _column(self, view: Expr, tile: Expr, group: Expr, column: Expr) -> Expr:
         if self.group:
             place = bind(wide(tile) * (self.k // self.group * TILE) + wide(group * TILE + column))
-            return bind(T.cast(view[T.ramp(place, 1, LANES)], f32(LANES)))
+            return bind(vmath.f16_to_f32(view[T.ramp(place, 1, LANES)], LANES))
         # Scales of rows are as many as the weight has, which the last tile may exceed.
         last = splat(T.int32(self.weight_rows - 1), LANES)
         at = bind(T.min(T.ramp(tile * TILE + column, 1, LANES), last))

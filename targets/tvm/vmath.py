@@ -44,16 +44,18 @@ class Dialect(Enum):
 
 
 _dialect: ContextVar[Dialect] = ContextVar("dialect", default=Dialect.LLVM)
+_f16: ContextVar[bool] = ContextVar("f16", default=True)
 
 
 @contextmanager
-def dialect(wanted: Dialect) -> Iterator[None]:
-    """Kernels that are emitted in this context are written in `wanted`."""
-    token = _dialect.set(wanted)
+def dialect(wanted: Dialect, f16: bool = True) -> Iterator[None]:
+    """Kernels that are emitted in this context are written in `wanted`; with `f16`, the chip converts halves by itself."""
+    tokens = _dialect.set(wanted), _f16.set(f16)
     try:
         yield
     finally:
-        _dialect.reset(token)
+        _dialect.reset(tokens[0])
+        _f16.reset(tokens[1])
 
 
 def is_plain() -> bool:
@@ -214,6 +216,24 @@ def bf16_to_f32(bits: Expr, lanes: int) -> Expr:
     """uint16 bits of a bf16 as float32."""
     raised = T.shift_left(T.cast(bits, typed("uint32", lanes)), splat(T.uint32(16), lanes))
     return T.reinterpret(f32(lanes), raised)
+
+
+def f16_to_f32(x: Expr, lanes: int) -> Expr:
+    """A finite float16 as float32, exactly.
+
+    Where it is spelled out, 5 bits of exponent above 10 of mantissa lie where a float32 has its own, smaller by 2^112. LLVM
+    would call a function for each lane: for RISC-V's vectors it makes wrong code then (LLVM 22), and WebAssembly has none.
+    """
+    if _f16.get():
+        return T.cast(x, f32(lanes))
+
+    def word(v: int) -> Expr:
+        return splat(T.int32(v), lanes)
+
+    bits = T.Bind(T.cast(T.reinterpret(typed("int16", lanes), x), typed("int32", lanes)))
+    size = T.shift_left(T.bitwise_and(bits, word(0x7FFF)), word(13))
+    sign = T.bitwise_and(bits, word(-(2**31)))  # the half's own, extended
+    return T.reinterpret(f32(lanes), T.bitwise_or(size, sign)) * number(2.0**112, lanes)
 
 
 def to_int32(x: Expr, lanes: int) -> Expr:

@@ -53,7 +53,7 @@ class Fewer:
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4", "int8_kv", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in WEIGHTS_ALONE)])
+    pytest.param(name, marks=pytest.mark.slow) for name in (*WEIGHTS_ALONE, "fp8_kv"))])
 def models(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, LLM]]:
     """The demo model, and the same in another precision to draft for it."""
     names = (request.param, "fp32" if request.param == "bf16" else "bf16")

@@ -32,11 +32,18 @@ CPUS = {
     "aarch64-dot": "max,sve=off", "aarch64-bf16": "max,sve=off", "aarch64-sve512": "max,sve512=on",
     "riscv64gc": "rv64,v=false", "riscv64": "rv64,v=true,vlen=128",
 }
-#: Without dot products of bf16, aarch64-dot has aarch64's kernels, and fp32 has the same everywhere.
-STEPS = [("aarch64", "fp32"), ("aarch64", "bf16"), ("aarch64-bf16", "bf16"), ("aarch64-sve512", "fp32"),
-         ("aarch64-sve512", "bf16"), ("riscv64gc", "fp32"), ("riscv64", "fp32"), ("riscv64", "bf16")]
-#: Error of logits relative to their spread.
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
+#: Chip, type, weights, keys and values. Without dot products, aarch64-dot has aarch64's kernels, and fp32 has the same
+#: everywhere.
+STEPS = [("aarch64", "fp32", None, None), ("aarch64", "bf16", None, None), ("aarch64-bf16", "bf16", None, None),
+         ("aarch64-sve512", "fp32", None, None), ("aarch64-sve512", "bf16", None, None), ("riscv64gc", "fp32", None, None),
+         ("riscv64", "fp32", None, None), ("riscv64", "bf16", None, None),
+         ("aarch64", "bf16", "int8", "int8"), ("aarch64", "fp32", "fp8", None), ("aarch64-dot", "bf16", "int4-g64-asym", None),
+         ("aarch64-bf16", "bf16", "int8", "fp8"), ("aarch64-bf16", "bf16", "int4", None),
+         ("aarch64-sve512", "bf16", "int8", None),
+         ("riscv64gc", "fp32", "int4", None), ("riscv64", "bf16", "int8", "int8"), ("riscv64", "fp32", "int4-asym-wo", None)]
+#: Error of logits relative to their spread; where activations or keys are rounded to integers, one that falls to the other
+#: side moves some by a step of it.
+TOLERANCE, ROUNDED = {"fp32": 1e-5, "bf16": 0.05}, 0.15
 
 
 @cache
@@ -77,17 +84,18 @@ def replay(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,dtype", STEPS)
-def test_step(name: str, dtype: str, compiled, replay) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("name,dtype,quant,kv_dtype", STEPS)
+def test_step(name: str, dtype: str, quant: str | None, kv_dtype: str | None, compiled, replay) -> None:  # type: ignore[no-untyped-def]
     emulator(chips()[name].triple.split("-")[0])
-    here, there = compiled("cpu", dtype), compiled(name, dtype)
+    here, there = compiled("cpu", dtype, quant, kv_dtype), compiled(name, dtype, quant, kv_dtype)
+    tolerance = TOLERANCE[dtype] if quant is None or dtype == "fp32" else ROUNDED
     batches = steps(there.manifest)
     library, job = there.read(KERNELS_FILE), model_job(there, batches)
     outputs = [replay(name, library, job, threads) for threads in (1, 2)]
     assert outputs[0] == outputs[1]
     got = read_output(outputs[0], there.manifest, batches)
     for g, w in zip(got, run_here(here.path, batches), strict=True):
-        assert np.abs(g - w).max() <= TOLERANCE[dtype] * w.std(), np.abs(g - w).max() / w.std()
+        assert np.abs(g - w).max() <= tolerance * w.std(), np.abs(g - w).max() / w.std()
     # A sequence's last logits, of chunks and beside another one, and of one prompt alone.
     assert np.array_equal(got[2][1], got[3][0])
 

@@ -21,7 +21,8 @@ from tests.targets.cross.job import model_job, read_output, run_here
 from tests.targets.tvm.harness import Compiled
 
 DRIVER = Path(__file__).with_name("driver.mjs")
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
+#: Type and weights: error of logits relative to their spread.
+TOLERANCE = {("fp32", None): 1e-5, ("bf16", None): 0.05, ("fp32", "int4"): 0.15, ("fp32", "int8-g32-wo"): 1e-5}
 
 
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
@@ -38,10 +39,10 @@ def test_kernels_without_fused_products(dtype: DType, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_step(dtype: str, compiled, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("dtype,quant", TOLERANCE)
+def test_step(dtype: str, quant: str | None, compiled, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     node = shutil.which("node") or missing("node")
-    here, there = compiled("cpu", dtype), compiled("wasm32", dtype)
+    here, there = compiled("cpu", dtype, quant), compiled("wasm32", dtype, quant)
     batches = steps(there.manifest)
     (tmp_path / "job").write_bytes(model_job(there, batches))
     done = subprocess.run([str(node), DRIVER, there.path / WASM_FILE, tmp_path / "job", tmp_path / "out"],
@@ -49,7 +50,7 @@ def test_step(dtype: str, compiled, tmp_path: Path) -> None:  # type: ignore[no-
     assert done.returncode == 0, done.stderr.decode()
     got = read_output((tmp_path / "out").read_bytes(), there.manifest, batches)
     for g, w in zip(got, run_here(here.path, batches), strict=True):
-        assert np.abs(g - w).max() <= TOLERANCE[dtype] * w.std(), np.abs(g - w).max() / w.std()
+        assert np.abs(g - w).max() <= TOLERANCE[dtype, quant] * w.std(), np.abs(g - w).max() / w.std()
     # A sequence's last logits, of chunks and beside another one, and of one prompt alone.
     assert np.array_equal(got[2][1], got[3][0])
     with pytest.raises(ArtifactError, match="wasm32, which this runtime has no device for"):

@@ -45,13 +45,12 @@ def test_architecture(name: str) -> None:
     rows = np.array([0, 9, 22], np.int32)
     feeds = {"tokens": ids, "positions": np.arange(23, dtype=np.int32), "logit_rows": rows}
     inputs = CpuTarget(find("cpu")).lowering.inputs
-    for dtype, tolerance in ((DType.F32, 1e-4), (DType.BF16, 0.2)):
+    for dtype, tolerance in ((DType.F32, 1e-4), (DType.BF16, 0.15)):
         stored = params if dtype is DType.F32 else {name: as_bf16(x) for name, x in params.items()}
         (want,) = interpret(before, feeds, stored)
         graph = lower(before, Options(dtype, PACKING, 32, False, BLOCK, 64, 4, 4, inputs=inputs.get(dtype)), Report())
         compiled = Compiled(graph, params)
         whole = compiled.run(paged_inputs(graph, ids, 0, None, BLOCK, rows), check=True).copy()
-        print("ERR", name, dtype, np.abs(whole - want).max() / want.std())
         assert np.abs(whole - want).max() <= tolerance * want.std()
         compiled.pool[:] = 0
         at, last = 0, whole
