@@ -8,9 +8,8 @@ from contextlib import suppress
 from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.batch import Batches
 from inferloom.runtime.blocks import BlockPool
+from inferloom.runtime.device import open_device
 from inferloom.runtime.device.base import Device, memory_needed
-from inferloom.runtime.device.cpu import CpuDevice
-from inferloom.runtime.device.gpu import GpuDevice
 from inferloom.runtime.errors import RequestError
 from inferloom.runtime.pooling import check_task
 from inferloom.runtime.prefix_cache import PrefixCache
@@ -55,8 +54,7 @@ class DraftModel:
         if theirs != ours or (ours is None and m.model.vocab_size != wanted.model.vocab_size):
             raise RequestError(f"the draft model {m.model.name} has another tokenizer than {wanted.model.name}: drafts are "
                                "tokens, so both must have the same tokenizer.json (without one, vocabularies of one size)")
-        device = (CpuDevice(artifact, memory_bytes=memory_bytes, threads=threads, pin=pin) if m.chip.driver == "none"
-                  else GpuDevice(artifact, memory_bytes=memory_bytes, ordinal=gpu))
+        device = open_device(artifact, memory_bytes, threads, gpu, pin)
         made = cls(device, limits, m.model.vocab_size, wanted.model.vocab_size, count, prefix_caching,
                    m.files[m.weights.file].blake3.encode())
         made.bytes = memory_needed(m, device.num_blocks)[0]

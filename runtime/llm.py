@@ -7,17 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from inferloom.runtime.artifact import Artifact
-from inferloom.runtime.chat import ChatTemplate
+from inferloom.runtime.device import open_device
 from inferloom.runtime.device.base import Device, StepBatch, memory_needed
-from inferloom.runtime.device.cpu import CpuDevice
-from inferloom.runtime.device.gpu import GpuDevice
 from inferloom.runtime.draft_model import DraftModel
 from inferloom.runtime.engine import Engine, Stats
 from inferloom.runtime.errors import ArtifactError, RequestError
@@ -34,6 +32,9 @@ from inferloom.runtime.tiers.policy import Costs
 from inferloom.runtime.tiers.ram import RamStore
 from inferloom.runtime.tiers.tiers import Tiers
 from inferloom.runtime.tiers.writer import DiskWriter
+
+if TYPE_CHECKING:
+    from inferloom.runtime.chat import ChatTemplate
 
 Prompt = str | Sequence[int]
 DEFAULT_STATE_BYTES = 4 * 2**30
@@ -68,7 +69,6 @@ class LLM:
         config = None if speculative is None else SpeculativeConfig.of(speculative)
         if config is not None:
             check_speculation(limits, m.model.name)
-        self.device: Device
         self._opened: list[Device | Proposer | Tiers] = []
         beside = ThreadPoolExecutor(1, "inferloom-open")
         texts = beside.submit(self._open_texts)  # while weights are read
@@ -78,10 +78,7 @@ class LLM:
                 config, memory_bytes, threads, gpu, enable_prefix_caching, pin)
             if isinstance(proposer, DraftModel) and memory_bytes is not None:
                 budget = memory_bytes - proposer.bytes
-            if m.chip.driver == "none":
-                self.device = CpuDevice(self.artifact, memory_bytes=budget, threads=threads, pin=pin)
-            else:
-                self.device = GpuDevice(self.artifact, memory_bytes=budget, ordinal=gpu)
+            self.device = open_device(self.artifact, budget, threads, gpu, pin)
             self._opened.append(self.device)
             salt = m.files[m.weights.file].blake3.encode()
             page, costs = m.state.bytes_per_block, Costs.unknown()
@@ -113,6 +110,8 @@ class LLM:
 
     def _open_texts(self) -> tuple[Tokenizer | None, ChatTemplate | None]:
         """Tokenizer and chat template. Files that nothing here reads are hashed, too: an artifact is whole or refused."""
+        from inferloom.runtime.chat import ChatTemplate  # its libraries are imported while weights are read
+
         made = open_tokenizer(self.artifact), ChatTemplate.of(self.artifact)
         for name in self.manifest.files:
             if name not in (KERNELS_FILE, self.manifest.weights.file):  # the device reads those

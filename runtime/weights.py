@@ -1,4 +1,4 @@
-"""Weights: loaded into private memory, and verified there, so that what runs is what was hashed."""
+"""Weights: verified in the memory that they are used from, so that what runs is what was hashed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from inferloom.runtime.errors import ArtifactError
 from inferloom.runtime.manifest import FileInfo
+from inferloom.runtime.mapping import MappedFile
 from inferloom.runtime.memory import Arena
 from inferloom.runtime.safetensors import Header, TensorInfo, parse_header
 
@@ -23,19 +24,31 @@ READERS = 8
 class Weights:
     """The data section of a safetensors file in memory.
 
-    `address`: of the data section, aligned to 64 bytes. `tensors`: its table, offsets relative to `address`.
+    `address`: of the data section, aligned to 64 bytes. `tensors`: its table, offsets relative to `address`. `memory`: of
+    the whole file.
     """
 
-    def __init__(self, arena: Arena, data_offset: int, tensors: dict[str, TensorInfo]) -> None:
-        self.arena = arena
-        self.address = arena.address + data_offset
+    def __init__(self, memory: Arena | MappedFile, data_offset: int, tensors: dict[str, TensorInfo]) -> None:
+        self.memory = memory
+        self.address = memory.address + data_offset
         self.tensors = tensors
+
+    def check(self) -> None:
+        """ArtifactError when what is in memory is no longer sure to be what was verified."""
+        if isinstance(self.memory, MappedFile):
+            self.memory.check()
 
 
 def load_weights(path: Path, info: FileInfo, data_offset: int) -> Weights:
-    """Read the file into memory once and verify the copy. ArtifactError when bytes or header are not as recorded."""
-    arena = load_verified(path, info)
-    return Weights(arena, data_offset, _header(memoryview(arena.bytes), path, info, data_offset).tensors)
+    """Map the file, or read it into memory, and verify it there. ArtifactError when bytes or header are not as recorded."""
+    memory: Arena | MappedFile | None = MappedFile.open(path, info.bytes)
+    if memory is None:
+        memory = load_verified(path, info)
+    else:
+        hasher = blake3(max_threads=blake3.AUTO)
+        hasher.update(memoryview(memory.bytes))
+        _check_hash(hasher, path, info)
+    return Weights(memory, data_offset, _header(memoryview(memory.bytes), path, info, data_offset).tensors)
 
 
 def stream_weights(path: Path, info: FileInfo, data_offset: int, buffers: Sequence[memoryview],

@@ -130,6 +130,7 @@ class CpuDevice:
 
     def _run(self, batch: StepBatch, ns: int | None, timeline: Timeline | None = None) -> None:
         self._check_open()
+        self._weights.check()
         m = self.manifest
         again = batch.layout is not None and batch.layout is self._layout
         check_batch(batch, m, self.num_blocks, again)

@@ -52,7 +52,7 @@ def test_files_in_many_pieces(toy, monkeypatch, chunk):
     use_all(toy)
     artifact, path = Artifact.open(toy), toy / "weights/model.safetensors"
     good = path.read_bytes()
-    assert artifact.load_weights().arena.bytes.tobytes() == good
+    assert artifact.load_weights().memory.bytes.tobytes() == good
     for at in range(0, len(good), 13):
         path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:])
         with pytest.raises(ArtifactError, match="damaged"):
