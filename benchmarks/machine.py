@@ -20,7 +20,7 @@ SOURCE = Path(__file__).with_name("ceilings.c")
 
 
 def ceilings(threads: int) -> dict[str, float]:
-    """Best of a few short probes, about a second: read bandwidth in GB/s, arithmetic peaks in GFLOP/s."""
+    """About a second of probes: read bandwidth in GB/s (median of passes), arithmetic peaks in GFLOP/s (best of a few)."""
     done = subprocess.run([str(_probe()), "quick", str(threads)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise InferloomError(f"the ceilings probe failed ({done.returncode}): {done.stderr.strip()}")
