@@ -222,7 +222,7 @@ def f16_to_f32(x: Expr, lanes: int) -> Expr:
     """A finite float16 as float32, exactly.
 
     Where it is spelled out, 5 bits of exponent above 10 of mantissa lie where a float32 has its own, smaller by 2^112. LLVM
-    would call a function for each lane: for RISC-V's vectors it makes wrong code then (LLVM 22), and WebAssembly has none.
+    would call a function for each lane instead, and makes wrong code of that for RISC-V's vectors (LLVM 22).
     """
     if _f16.get():
         return T.cast(x, f32(lanes))
