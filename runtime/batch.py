@@ -26,6 +26,9 @@ class Batches:
         self._work: Seq[Work] = ()
         self._last: StepBatch | None = None
         self._changes = 0  # of the tables, as the last batch has them
+        # Of a last step of a token each: its [tokens, positions, lens], what was computed before it, and how many more such
+        # steps stay inside the blocks that its slots are in.
+        self._single, self._computed, self._left = _NONE, list[int](), 0
 
     def of(self, work: Seq[Work]) -> StepBatch:
         sequences, counts = [w.sequence for w in work], [w.count for w in work]
@@ -33,11 +36,22 @@ class Batches:
         seqs, total = len(work), sum(counts)
         tables, pages = self._tables.of([s.held for s in sequences])
         last = self._last if work is self._work else None  # the sequences of the last step decode again
+        if last is not None and self._left and self._changes == self._tables.changes and not self._limits.facts and (
+                computed == [at + 1 for at in self._computed]):
+            self._computed, self._left = computed, self._left - 1
+            self._single[0] = [s.tokens[at] for s, at in zip(sequences, computed)]
+            self._single[1:] += 1
+            slots = last.slots
+            slots += 1
+            return last
+        self._left = 0
         if total == seqs:  # a token each
             starts, owners = self._numbers[:seqs + 1], self._numbers[:seqs]
-            tokens, positions, lens = np.array([[s.tokens[at] for s, at in zip(sequences, computed)], computed,
-                                                [at + 1 for at in computed]], np.int32)
+            self._single = np.array([[s.tokens[at] for s, at in zip(sequences, computed)], computed,
+                                     [at + 1 for at in computed]], np.int32)
+            tokens, positions, lens = self._single
             begins = positions
+            self._computed, self._left = computed, self._size - 1 - max([at % self._size for at in computed])
         else:
             begins, lens = np.array([computed, counts], np.int32)
             starts = np.zeros(seqs + 1, np.int32)

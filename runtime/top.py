@@ -47,7 +47,7 @@ class TopRows:
     def best(self) -> tuple[list[int], list[bool]]:
         """The most likely token of each row; and whether the row is `finite`."""
         finite = [-inf < largest < inf and 0 < total < inf for largest, total in self._stats.tolist()]
-        return (0x7FFFFFFF - (self._keys[:, 0] & 0xFFFFFFFF)).tolist(), finite
+        return [0x7FFFFFFF - (key & 0xFFFFFFFF) for key in self._keys[:, 0].tolist()], finite
 
     @cached_property
     def _rows(self) -> list[TopRow]:
