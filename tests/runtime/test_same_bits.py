@@ -88,9 +88,9 @@ def test_logits_are_bit_equal_to_running_alone(models: tuple[LLM, LLM]) -> None:
         for i in range(r.randrange(2, 6)):
             prompt = text[start:start + r.randrange(1, 90)] + text[i * 7:i * 7 + r.randrange(1, 9)]
             requests[str(i)] = prompt, SamplingParams(temperature=r.choice([0, 1]), seed=i, ignore_eos=True,
-                                                      max_tokens=r.randrange(1, 8))
+                                                      max_tokens=r.randrange(1, 16))
         proposer = drafts(r.choice(["none", "ngram", "model"]), draft, r.randrange(1, 5), r.random() < 0.5)
-        batched = engine(llm, r.choice([3, 17, 64, 300]), r.randrange(1, 5), r.randrange(5, 16), r.random() < 0.7, proposer)
+        batched = engine(llm, r.choice([3, 17, 64, 300]), r.randrange(1, 5), r.randrange(5, 9), r.random() < 0.7, proposer)
         waiting = list(requests)
         while waiting or batched.has_unfinished:
             if waiting and (r.random() < 0.5 or not batched.has_unfinished):
