@@ -21,14 +21,17 @@ SOURCE = Path(__file__).with_name("ceilings.c")
 
 def ceilings(threads: int) -> dict[str, float]:
     """About a second of probes: read bandwidth in GB/s (median of passes), arithmetic peaks in GFLOP/s (best of a few)."""
-    done = subprocess.run([str(_probe()), "quick", str(threads)], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(probe()), "quick", str(threads)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise InferloomError(f"the ceilings probe failed ({done.returncode}): {done.stderr.strip()}")
     return {name: float(value) for name, value in json.loads(done.stdout).items()}
 
 
-def _probe() -> Path:
-    """The compiled probe, built once for each version of its source and kept in the cache."""
+def probe() -> Path:
+    """The compiled probe, a program that takes `quick THREADS` and prints a JSON object.
+
+    It is built once for each version of its source and kept in the cache.
+    """
     if not SOURCE.is_file():
         raise InferloomError(f"{SOURCE} is missing, so the ceilings cannot be measured; use --no-ceilings")
     key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """The measured process: loads one engine, times each metric, prints a JSON line for each.
 
-    python benchmarks/cpu/process.py --engine NAME --model PATH --metrics load,decode_1,prefill_512 --threads 2
+    python benchmarks/cpu/process.py --engine NAME --model PATH --metrics load,decode_1,prefill_512 --threads 2 [--probe PROGRAM]
 
 It runs in the engine's own environment, where this project need not be installed, and imports only the standard
 library besides the engine. Time begins when the process does.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,8 @@ KEPT_REQUESTS, KEPT_TOKENS = 4, 8
 LONG_CONTEXT, LONG_BATCH, LONG_NEW = 8192, 4, 32
 #: New tokens of the decode metric: one step less is measured.
 DECODED = 64
+#: Seconds after which threads of engines no longer spin for work.
+SETTLED = 0.3
 
 
 def main() -> None:
@@ -44,16 +48,21 @@ def main() -> None:
     parser.add_argument("--metrics", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--options", type=json.loads, default={})
+    parser.add_argument("--probe", help="program that measures the machine's ceilings, run around each metric")
     asked = parser.parse_args()
     engine = import_module(f"inferloom.benchmarks.cpu.engines.{asked.engine}").Engine(asked.model, asked.threads, asked.options)
-    for line in measure(engine, asked.metrics.split(",")):
+    probe = None if asked.probe is None else partial(ceilings, asked.probe, asked.threads)
+    for line in measure(engine, asked.metrics.split(","), probe):
         print(MARK + json.dumps(line), flush=True)
     sys.stdout.flush()
     os._exit(0)  # some engines hang in their destructors
 
 
-def measure(engine: Any, metrics: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields a line for each metric, each with its value, unit and the share of the machine that others used."""
+def measure(engine: Any, metrics: list[str], probe: Callable[[], dict[str, float]] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields a line for each metric, each with its value, unit and the share of the machine that others used.
+
+    With a probe also the ceilings: the means of just before and just after it.
+    """
     load = Work(engine.generate, FIRST, LAST, seed=1)
     with Timed() as first:
         load.generate(1, 16, 1)
@@ -65,21 +74,34 @@ def measure(engine: Any, metrics: list[str]) -> Iterator[dict[str, Any]]:
     for metric in metrics:
         if metric == "load":
             continue
-        kind, _, size = metric.partition("_")
-        work = Work(engine.generate, FIRST, LAST, seed=2)
-        if kind == "context":
-            with Timed() as timed:
-                value = engine.decode_at(int(size), LONG_BATCH, LONG_NEW)
-            yield {"metric": metric, "value": value, "unit": "tok/s", "others": timed.others}
-            continue
-        ways: dict[str, Callable[[int], tuple[float, float]]] = {
-            "decode": partial(work.decode, new=DECODED), "prefill": work.prefill, "requests": work.requests}
-        if kind == "requests":
-            work.generate(int(size), 16, 2)  # a shape that was not seen yet
-        got = [ways[kind](int(size)) for _ in range(2 if kind == "prefill" else 1)]
-        value, others = max(got)
-        yield {"metric": metric, "value": value, "unit": "tok/s", "others": others,
-               "made": [[p, ids[:KEPT_TOKENS]] for p, ids in work.made[:KEPT_REQUESTS]]}
+        before = probe() if probe else {}
+        line = timed(engine, metric)
+        after = probe() if probe else {}
+        ceiling = {name: statistics.mean((before[name], after[name])) for name in before}
+        yield {"metric": metric, "unit": "tok/s", **line} | ({"ceilings": ceiling} if ceiling else {})
+
+
+def timed(engine: Any, metric: str) -> dict[str, Any]:
+    """Value and others of a metric, and what the engine was asked and made where that can be scored."""
+    kind, _, size = metric.partition("_")
+    work = Work(engine.generate, FIRST, LAST, seed=2)
+    if kind == "context":
+        with Timed() as block:
+            value = engine.decode_at(int(size), LONG_BATCH, LONG_NEW)
+        return {"value": value, "others": block.others}
+    ways: dict[str, Callable[[int], tuple[float, float]]] = {
+        "decode": partial(work.decode, new=DECODED), "prefill": work.prefill, "requests": work.requests}
+    if kind == "requests":
+        work.generate(int(size), 16, 2)  # a shape that was not seen yet
+    value, others = max(ways[kind](int(size)) for _ in range(2 if kind == "prefill" else 1))
+    return {"value": value, "others": others, "made": [[p, ids[:KEPT_TOKENS]] for p, ids in work.made[:KEPT_REQUESTS]]}
+
+
+def ceilings(program: str, threads: int) -> dict[str, float]:
+    """What the probe prints, once the engine's threads have gone to sleep."""
+    time.sleep(SETTLED)
+    done = subprocess.run([program, "quick", str(threads)], capture_output=True, text=True, check=True)
+    return {name: float(value) for name, value in json.loads(done.stdout).items()}
 
 
 def since_start() -> float:

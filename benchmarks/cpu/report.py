@@ -55,7 +55,8 @@ def summarize(lines: Iterable[Line], scores: dict[str, Line] | None = None) -> d
         if "missing" in line or line["status"] != 0:
             continue
         for measured in line["lines"]:
-            ceiling = {name: (line["before"][name] + line["after"][name]) / 2 for name in line["before"]}
+            ceiling = measured.get("ceilings") or {
+                name: (line["before"][name] + line["after"][name]) / 2 for name in line["before"]}
             at = (line["model"], line["precision"], line["system"], measured["metric"])
             found.setdefault(at, []).append(measured | {"ceilings": ceiling, "line": line})
     cells = [_cell(at, values, scores) for at, values in sorted(found.items())]
@@ -196,7 +197,7 @@ def _head(report: dict[str, Any]) -> str:
     said = "; ".join(f"{name} {value:.0f} {'GB/s' if name.startswith('bw') else 'GFLOP/s'}" for name, value in ceilings.items())
     versions = ", ".join(dict.fromkeys(c["version"] for c in cells if "version" in c and c["system"] != OURS))
     return (f"{report['date']}, {machine['cpu']}, {report['threads']} threads, {machine['system']}. Random weights in real "
-            f"shapes, greedy; medians. In brackets: the share of the ceiling measured around the same process (decode: bytes of "
+            f"shapes, greedy; medians. In brackets: the share of the ceiling measured just before and after (decode: bytes of "
             f"weights over the read bandwidth from huge pages; else operations over the peak of the precision's instruction). "
             f"A star: others used more than {CLEAN:.0%} of the machine each time. Struck out: the tokens are not the model's. "
             f"Medians of the ceilings: {said}. Peers: {versions}.")

@@ -17,6 +17,7 @@ from inferloom.benchmarks.cpu import prepare
 from inferloom.benchmarks.cpu.checkpoints import operations
 from inferloom.benchmarks.cpu.job import weights
 from inferloom.benchmarks.cpu.systems import HERE, LONG, MANY, OURS, STREAM, SYSTEMS, Process
+from inferloom.benchmarks.machine import probe
 from inferloom.errors import InferloomError
 
 #: Seconds that a process is thought to take while none like it has been seen.
@@ -167,7 +168,8 @@ class Places:
             if not path.exists():
                 raise InferloomError(f"{path} is missing: run the step `prepare`")
         command = [python, str(HERE / "process.py"), "--engine", system.engine, "--model", str(path), "--metrics",
-                   ",".join(job.process.metrics), "--threads", str(threads), "--options", json.dumps(job.process.options)]
+                   ",".join(job.process.metrics), "--threads", str(threads), "--options", json.dumps(job.process.options),
+                   "--probe", str(probe())]
         files = weights(path)
         per_token, per_row = operations(self._root / "models" / job.model)
         facts = {"format": system.formats[job.precision].name, "flops_per_token": per_token, "flops_per_row": per_row,

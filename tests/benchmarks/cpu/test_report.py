@@ -47,6 +47,12 @@ def test_ratios_are_to_the_ceilings_of_the_same_process() -> None:
         assert made["ratio"] == pytest.approx(20 * 1.0 / 25) and made["ratio_4k"] == pytest.approx(20 * 1.0 / 20)
 
 
+def test_ceilings_around_a_metric_are_closer_than_those_of_its_process() -> None:
+    one = line("inferloom", 0, {"decode_1": 20.0})
+    one["lines"][0]["ceilings"] = {name: 2 * value for name, value in CEILINGS.items()}
+    assert cell(report.summarize([one]), "inferloom", "decode_1")["ratio"] == pytest.approx(20 * 1.0 / 50)
+
+
 @pytest.mark.parametrize("metric,value,precision,seconds", [
     ("decode_1", 10.0, "bf16", 0.04),  # 1 GB at 25 GB/s; computing 1.5 GFLOP takes 4 ms
     ("prefill_512", 100.0, "bf16", (512 + 0.5) / 400 / 512),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def test_each_metric_is_measured() -> None:
     assert len(lines["requests_16"]["made"]) == process.KEPT_REQUESTS and new == [prompt[-1]] * process.KEPT_TOKENS
     again = {line["metric"]: line for line in process.measure(Fake(), [*STREAM, *MANY])}
     assert again["decode_1"]["made"] == lines["decode_1"]["made"]  # every engine gets the same prompts
+
+
+def test_ceilings_are_measured_around_each_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "SETTLED", 0)
+    program = tmp_path / "probe"
+    program.write_text(f"""#!/bin/sh\necho "$@" >> {tmp_path}/calls; echo "{{\\"bw_huge\\": $(wc -l < {tmp_path}/calls)}}"\n""")
+    program.chmod(0o755)
+    lines = list(process.measure(Fake(), ["load", "decode_1", "prefill_512"], partial(process.ceilings, str(program), 3)))
+    assert [line.get("ceilings") for line in lines] == [None, None, {"bw_huge": 1.5}, {"bw_huge": 3.5}]
+    assert set((tmp_path / "calls").read_text().split("\n")) == {"quick 3", ""}
 
 
 def test_an_engine_that_stops_early_is_refused() -> None:
