@@ -2,11 +2,11 @@
 //
 //   ceilings quick THREADS     one JSON object, about a second
 //
-// bw_4k, bw_huge: GB/s of reading from 4 KiB and 2 MiB pages, the median of several passes, as that of the work which is
-// compared with it: where a host moves the cores of a virtual machine, one pass in ten may be nearly twice as fast, while
-// nothing that lasts a tenth of a second is. The others are the best of a few rounds. fp32: GFLOP/s of fused multiply-adds.
-// bf16: the same of dot products of bf16 pairs, where the processor has them. int8: of dot products of int8 quadruples,
-// with AVX2 in the three instructions that they take there. A multiply-add is two operations.
+// bw_4k, bw_huge: GB/s of reading from 4 KiB and 2 MiB pages, the median of several passes, as the work that is compared
+// with it has a median: in a virtual machine whose cores the host moves, single passes may be nearly twice as fast. The
+// others are the best of a few rounds. fp32: GFLOP/s of fused multiply-adds. bf16: the same of dot products of bf16 pairs,
+// where the processor has them. int8: of dot products of int8 quadruples, with AVX2 in the three instructions that they
+// take there. A multiply-add is two operations.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
