@@ -35,9 +35,15 @@ def job(spec: dict[str, Any]) -> dict[str, Any]:
         status, said = done.returncode, done.stdout
     except subprocess.TimeoutExpired as late:
         status, said = 124, (late.stdout or b"").decode(errors="replace") if isinstance(late.stdout, bytes) else ""
+        said = f"{said.rstrip()}\nstopped after {SECONDS:g} s"
     lines = [json.loads(line.removeprefix(MARK)) for line in said.splitlines() if line.startswith(MARK)]
     return {"before": before, "after": ceilings(spec["threads"]), "lines": lines, "status": status,
-            "seconds": round(time.monotonic() - began, 1), "said": said[-1500:] if status else ""}
+            "seconds": round(time.monotonic() - began, 1), "said": words(said)[-1500:] if status else ""}
+
+
+def words(said: str) -> str:
+    """What a process printed besides its measurements."""
+    return "\n".join(line for line in said.splitlines() if not line.startswith(MARK))
 
 
 def read(files: Iterable[str]) -> None:

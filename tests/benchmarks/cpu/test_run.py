@@ -101,8 +101,9 @@ def test_a_job_reads_what_the_process_prints(monkeypatch: pytest.MonkeyPatch, tm
     assert made["lines"] == [{"metric": "load"}] and made["status"] == 0 and made["before"] == CEILINGS and made["said"] == ""
     made = jobs.job(spec | {"command": [sys.executable, "-c", "raise SystemExit('broken here')"]})
     assert made["lines"] == [] and made["status"] == 1 and "broken here" in made["said"]
-    monkeypatch.setattr(jobs, "SECONDS", 0.5)
-    assert jobs.job(spec | {"command": [sys.executable, "-c", "import time; time.sleep(60)"]})["status"] == 124
+    monkeypatch.setattr(jobs, "SECONDS", 2)
+    late = jobs.job(spec | {"command": [sys.executable, "-uc", program + "; import time; time.sleep(60)"]})
+    assert late["status"] == 124 and late["said"] == "noise\nmore\nstopped after 2 s"
 
 
 def test_the_process_needs_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
