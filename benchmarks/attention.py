@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from inferloom.benchmarks.machine import ceilings
+from inferloom.benchmarks.probe import between
 from inferloom.errors import InferloomError
 from inferloom.runtime.artifact import Artifact
 from inferloom.runtime.device.base import StepBatch
@@ -58,7 +59,7 @@ def measure(path: Path, prefill: tuple[int, ...], context: int, batch: int, thre
         speed = {"us_per_layer": ns / layers / 1e3, "share_of_step": ns / total, "gb_per_s": read / ns}
         found[f"decode_{batch}x{context}"] = speed
     after = ceilings(threads) if with_ceilings else {}
-    ceiling = {key: (before[key] + after[key]) / 2 for key in before}
+    ceiling = between(before, after)
     for values in found.values():
         if ceiling and "gflops" in values:
             peak = ceiling["bf16" if m.model.dtype == "bf16" and "avx512_bf16" in m.chip.features else "fp32"]

@@ -20,6 +20,7 @@ from typing import Any
 
 from inferloom.benchmarks.cost import step_cost
 from inferloom.benchmarks.machine import ceilings, describe
+from inferloom.benchmarks.probe import between
 from inferloom.benchmarks.work import NEW, PREFILL, PROMPT, Work
 from inferloom.errors import InferloomError
 from inferloom.runtime.speculative import SpeculativeConfig
@@ -122,7 +123,7 @@ class _Bench:
         before = ceilings(self.threads) if self.with_ceilings else {}
         got = [once() for _ in range(self.runs)]
         after = ceilings(self.threads) if self.with_ceilings else {}
-        ceiling = {key: (before[key] + after[key]) / 2 for key in before}
+        ceiling = between(before, after)
         value = statistics.median(v for v, _ in got)
         share, meaning = ratio(value, ceiling) if ceiling else (None, "")
         self._add(Metric(name, unit, value, tuple(v for v, _ in got), max(o for _, o in got), ceiling, share, meaning))

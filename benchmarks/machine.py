@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -13,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from inferloom.benchmarks.probe import probed
 from inferloom.cache import cache_dir
 from inferloom.errors import InferloomError, MissingExtraError
 
@@ -20,11 +20,11 @@ SOURCE = Path(__file__).with_name("ceilings.c")
 
 
 def ceilings(threads: int) -> dict[str, float]:
-    """About a second of probes: read bandwidth in GB/s (median of passes), arithmetic peaks in GFLOP/s (best of a few)."""
-    done = subprocess.run([str(probe()), "quick", str(threads)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise InferloomError(f"the ceilings probe failed ({done.returncode}): {done.stderr.strip()}")
-    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+    """What `probed` gives of the compiled probe. InferloomError when it fails."""
+    try:
+        return probed(str(probe()), threads)
+    except subprocess.CalledProcessError as error:
+        raise InferloomError(f"the ceilings probe failed ({error.returncode}): {error.stderr.strip()}") from None
 
 
 def probe() -> Path:

@@ -43,13 +43,13 @@ _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 
 
 class MappedFile:
-    """`size` bytes at `address`, which is aligned to huge pages, for as long as this object is there.
+    """A file's bytes at `address`, which is aligned to huge pages, for as long as this object is there.
 
     `bytes` is a uint8 array of them, which does not keep them there.
     """
 
     def __init__(self, region: _Region) -> None:
-        self._region, self.size, self.address = region, region.size, region.address
+        self._region, self.address = region, region.address
         self.bytes = np.frombuffer((ctypes.c_ubyte * region.size).from_address(region.address), np.uint8)
         weakref.finalize(self, region.close).atexit = False
         region.copier.start()

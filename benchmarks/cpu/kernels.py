@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inferloom.benchmarks.machine import ceilings, describe
+from inferloom.benchmarks.probe import between
 from inferloom.compiler.plan import Rows, tensor_bytes
 from inferloom.compiler.quantization.scheme import parse
 from inferloom.ir.graph import Builder, Graph, Value
@@ -182,7 +183,7 @@ def measure(cases: Sequence[tuple[str, int, int]], rows: Sequence[int], chip: Cp
         before = ceilings(threads)
         seconds = bench.seconds(i, rows, runs)
         after = ceilings(threads)
-        ceiling = {key: (before[key] + after[key]) / 2 for key in before}
+        ceiling = between(before, after)
         size = sum(tensor_bytes(_tensor(v)) for v in bench.graphs[i].inputs if not _has_rows(v))
         for count, took in zip(rows, seconds):
             reading = size / (max(ceiling["bw_4k"], ceiling["bw_huge"]) * 1e9)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ if __name__ == "__main__":  # as a script; its own folder must not shadow other 
     sys.path.pop(0)
     bootstrap()
 
+from inferloom.benchmarks.probe import between, probed
 from inferloom.benchmarks.work import Timed, Work
 
 MARK = "JSON "
@@ -77,7 +76,7 @@ def measure(engine: Any, metrics: list[str], probe: Callable[[], dict[str, float
         before = probe() if probe else {}
         line = timed(engine, metric)
         after = probe() if probe else {}
-        ceiling = {name: statistics.mean((before[name], after[name])) for name in before}
+        ceiling = between(before, after)
         yield {"metric": metric, "unit": "tok/s", **line} | ({"ceilings": ceiling} if ceiling else {})
 
 
@@ -100,8 +99,7 @@ def timed(engine: Any, metric: str) -> dict[str, Any]:
 def ceilings(program: str, threads: int) -> dict[str, float]:
     """What the probe prints, once the engine's threads have gone to sleep."""
     time.sleep(SETTLED)
-    done = subprocess.run([program, "quick", str(threads)], capture_output=True, text=True, check=True)
-    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+    return probed(program, threads)
 
 
 def since_start() -> float:

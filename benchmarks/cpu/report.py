@@ -13,6 +13,7 @@ from typing import Any
 from inferloom.benchmarks.cpu.checkpoints import SHAPES
 from inferloom.benchmarks.cpu.process import LONG_BATCH, LONG_CONTEXT
 from inferloom.benchmarks.cpu.systems import OURS, PRECISIONS, SYSTEMS
+from inferloom.benchmarks.probe import between
 from inferloom.benchmarks.work import NEW, PREFILL, PROMPT
 from inferloom.errors import InferloomError
 
@@ -55,8 +56,7 @@ def summarize(lines: Iterable[Line], scores: dict[str, Line] | None = None) -> d
         if "missing" in line or line["status"] != 0:
             continue
         for measured in line["lines"]:
-            ceiling = measured.get("ceilings") or {
-                name: (line["before"][name] + line["after"][name]) / 2 for name in line["before"]}
+            ceiling = measured.get("ceilings") or between(line["before"], line["after"])
             at = (line["model"], line["precision"], line["system"], measured["metric"])
             found.setdefault(at, []).append(measured | {"ceilings": ceiling, "line": line})
     cells = [_cell(at, values, scores) for at, values in sorted(found.items())]
